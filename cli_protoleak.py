@@ -1,0 +1,112 @@
+"""The `protoleak` command, thin over the package."""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def attribute(arguments: argparse.Namespace) -> int:
+    """`protoleak attribute`: a verdict for each file; exit status 1 if any could not be read."""
+    records = []
+    output = open(arguments.output, "w", encoding="utf-8") if arguments.output else None  # noqa: SIM115
+    try:
+        for record in attribution_records(arguments.paths, arguments.model, arguments.revision, arguments.batch_size):
+            records.append(record)
+            if output:
+                output.write(json.dumps(record) + "\n")
+                output.flush()
+            else:
+                print(format_row(record), flush=True)
+    finally:
+        if output:
+            output.close()
+    failed = sum(record["error"] is not None for record in records)
+    if not records:
+        print(f"no images found in {', '.join(arguments.paths)}", file=sys.stderr)
+    if failed:
+        print(f"{failed} of {len(records)} files could not be read", file=sys.stderr)
+    return 1 if failed or not records else 0
+
+
+def attribution_records(
+    paths: list[str], model: str, revision: str | None = None, batch_size: int = 16
+) -> Iterator[dict[str, Any]]:
+    """
+    The record of each image among `paths` (files, and folders searched recursively), in order.
+
+    Beside `attribution_record`'s keys it has file, sha256, width, height, model, revision, noise_seed, timesteps and error,
+    which is `None`, or why the file could not be read; the other values are `None` then.
+    """
+    from tqdm import tqdm
+
+    from .image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
+    from .modeling_protoleak import ProtoLeakForImageAttribution
+    from .pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
+
+    network = ProtoLeakForImageAttribution.from_pretrained(model, revision=revision or "main")
+    processor = ProtoLeakImageProcessor.from_pretrained(model, revision=revision or "main")
+    pipeline = ImageAttributionPipeline(model=network, image_processor=processor, batch_size=batch_size)
+    run = {
+        "model": str(model),
+        "revision": revision,
+        "noise_seed": network.config.noise_seed,
+        "timesteps": network.config.timesteps,
+    }
+    files = find_images(paths)
+    with tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(files), batch_size):
+            chunk = files[start : start + batch_size]
+            images, rows = [], []
+            for file in chunk:
+                row = {"file": str(file), "sha256": None, "width": None, "height": None, **run, "error": None}
+                try:
+                    row["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+                    images.append(open_image(file, processor.max_pixels))
+                    row["width"], row["height"] = images[-1].size
+                except (OSError, ValueError) as error:
+                    row["error"] = str(error)
+                rows.append(row)
+            attributions = iter(pipeline(images) if images else [])
+            for row in rows:
+                yield (dict.fromkeys(RECORD_FIELDS) if row["error"] else next(attributions)) | row
+            bar.update(len(chunk))
+
+
+def format_row(record: dict[str, Any]) -> str:
+    """One attribution as a line of a table."""
+    name = Path(record["file"]).name
+    if record["error"]:
+        return f"{name:<34} error: {record['error']}"
+    best = ", ".join(f"{a['label']} {a['score']:.3f}" for a in record["attributions"][:2])
+    p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
+    return f"{name:<34} {record['label']:<20} {p_value:<16} {best}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="protoleak", description="Which generator made this image, or was it one nobody has seen, or a camera?"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("attribute", help="a verdict for each image")
+    command.add_argument("paths", nargs="+", help="image files, and folders, which are searched recursively")
+    command.add_argument("--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.add_argument("--output", help="write JSON lines to this file instead of a table")
+    command.add_argument("--batch_size", type=int, default=16)
+    command.set_defaults(run=attribute)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError) as error:
+        print(f"protoleak: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""
+What is known, as densities of embeddings: exact Gaussian KDE, class scorers, conformal calibration, safe save and load.
+
+Everything is computed in float64. A fitted object's attributes that end in `_` are its state; they go to disk as a pickle
+of plain containers, numbers and bytes, which needs no import and is read by an unpickler that allows none.
+"""
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.mixture import GaussianMixture
+
+DENSITY_FILE = "density.pkl"
+FORMAT_VERSION = 1
+BANDWIDTHS = tuple(float(h) for h in np.geomspace(0.05, 5.0, 25))  # in units of the embeddings' root mean square spread
+
+
+# --- plain state -----------------------------------------------------------------------------------------------------
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of plain containers, numbers and bytes. Whatever needs an import is refused before it runs."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a density file needs no import at all")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to an outside object")
+
+
+def _pack(value: Any) -> Any:
+    """Tensors to {"dtype", "shape", "data"}, objects with state to {"class", "state"}; containers recursively."""
+    if isinstance(value, torch.Tensor):
+        array = value.detach().cpu().numpy()
+        return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
+    if isinstance(value, _Stateful):
+        return {"class": type(value).__name__, "state": {k: _pack(v) for k, v in value.state().items()}}
+    if isinstance(value, dict):
+        return {k: _pack(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(v) for v in value]
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"a density file holds plain values and tensors, not {type(value).__name__}")
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"dtype", "shape", "data"}:
+        return torch.from_numpy(np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"]).copy())
+    if set(value) == {"class", "state"}:
+        known = {cls.__name__: cls for cls in (GaussianKDE, KnownDensity, *SCORERS.values())}
+        if value["class"] not in known:
+            raise ValueError(f"it holds a {value['class']!r}, and only {sorted(known)} are known")
+        instance = known[value["class"]]()
+        for name, item in value["state"].items():
+            setattr(instance, name, _unpack(item))
+        return instance
+    return {k: _unpack(v) for k, v in value.items()}
+
+
+class _Stateful:
+    """An object whose parameters and fitted attributes, and nothing else, make its state."""
+
+    def state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def _as_tensor(array: Any, device: str | torch.device = "cpu") -> torch.Tensor:
+    tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, torch.Tensor) else array)
+    tensor = tensor.detach().to(device=device, dtype=torch.float64)
+    if tensor.ndim != 2 or tensor.shape[0] == 0:
+        raise ValueError(f"embeddings must have shape (n, embedding_size), n at least 1; got {tuple(tensor.shape)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError("embeddings contain NaN or infinite values")
+    return tensor
+
+
+# --- kernel density --------------------------------------------------------------------------------------------------
+
+
+class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
+    r"""
+    Exact Gaussian kernel density with scikit-learn's estimator interface:
+    log p(x) = logsumexp_i(-|x - x_i|^2 / 2 h^2) - log n - D/2 log(2 pi h^2).
+
+    scikit-learn's `KernelDensity` gives wrong values at D = 128 unless `leaf_size >= n` (scikit-learn issue #25799). Here
+    distances come block by block from matrix products, so that memory stays bounded and the values stay exact.
+
+    Args:
+        bandwidth (`float`, *optional*): h; by default chosen in `fit` by held-out log-likelihood among `bandwidths`.
+        bandwidths (`list[float]`): Candidates, in units of the root mean square spread per dimension of what is fitted.
+        n_folds (`int`, defaults to 5): Folds of the choice; sample i is in fold i % n_folds.
+        block_size (`int`, defaults to 2048): Rows and columns of a block of distances: 32 MB in float64.
+        device (`str`, defaults to `"cpu"`): Where it is computed; a device without float64 (mps) won't do.
+    """
+
+    def __init__(
+        self,
+        bandwidth: float | None = None,
+        bandwidths: tuple[float, ...] = BANDWIDTHS,
+        n_folds: int = 5,
+        block_size: int = 2048,
+        device: str = "cpu",
+    ):
+        self.bandwidth, self.bandwidths, self.n_folds = bandwidth, bandwidths, n_folds
+        self.block_size, self.device = block_size, device
+
+    def fit(self, X: Any, y: Any = None) -> "GaussianKDE":  # noqa: N803 (scikit-learn's names)
+        """Keep the samples X of shape (n, D) and choose the bandwidth. `y` is ignored."""
+        samples = _as_tensor(X, self.device)
+        self.mean_ = samples.mean(dim=0)
+        self.samples_ = samples - self.mean_  # centred: less cancellation in the distances
+        if self.bandwidth is not None:
+            if not self.bandwidth > 0:
+                raise ValueError(f"bandwidth must be positive; got bandwidth={self.bandwidth!r}")
+            self.bandwidth_ = float(self.bandwidth)
+        else:
+            spread = self.samples_.square().mean().sqrt().clamp_min(1e-12).item()
+            candidates = [h * spread for h in self.bandwidths]
+            held_out = self._held_out_log_likelihood(candidates)
+            self.bandwidth_ = candidates[int(np.argmax(held_out))]
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Log density in nats of each row of X (n, D), as float64 of shape (n,)."""
+        if not hasattr(self, "samples_"):
+            raise ValueError("this GaussianKDE is not fitted; call fit first")
+        queries = _as_tensor(X, self.device)
+        if queries.shape[1] != self.samples_.shape[1]:
+            raise ValueError(
+                f"X has {queries.shape[1]} features, but the density was fitted on {self.samples_.shape[1]}"
+            )
+        scores = [self._log_kernel_sums(block, self.samples_, [self.bandwidth_])[0] for block in
+                  (queries - self.mean_).split(self.block_size)]
+        return (torch.cat(scores) + self._log_norm(self.bandwidth_, len(self.samples_))).cpu().numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:  # noqa: N803
+        """Total log-likelihood of X in nats."""
+        return float(self.score_samples(X).sum())
+
+    def _log_norm(self, bandwidth: float, n: int) -> float:
+        return -math.log(n) - self.samples_.shape[1] / 2 * math.log(2 * math.pi * bandwidth**2)
+
+    def _log_kernel_sums(self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float]) -> torch.Tensor:
+        """logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances. (len(h), len(queries))"""
+        sums = torch.full((len(bandwidths), len(queries)), -torch.inf, dtype=torch.float64, device=queries.device)
+        query_norms = queries.square().sum(dim=1, keepdim=True)
+        for block in samples.split(self.block_size):
+            distances = torch.addmm(query_norms + block.square().sum(dim=1), queries, block.T, alpha=-2).clamp_(min=0)
+            for row, bandwidth in enumerate(bandwidths):
+                block_sum = torch.logsumexp(distances * (-0.5 / bandwidth**2), dim=1)
+                sums[row] = torch.logaddexp(sums[row], block_sum)
+        return sums
+
+    def _held_out_log_likelihood(self, bandwidths: list[float]) -> np.ndarray:
+        """Sum over folds of the log-likelihood of the fold under the density of the others, for every bandwidth."""
+        n = len(self.samples_)
+        if n < 2:
+            raise ValueError("choosing a bandwidth needs at least 2 samples; pass bandwidth")
+        folds = torch.arange(n, device=self.samples_.device) % min(self.n_folds, n)
+        total = np.zeros(len(bandwidths))
+        for fold in range(int(folds.max()) + 1):
+            kept = self.samples_[folds != fold]
+            norms = np.array([self._log_norm(h, len(kept)) for h in bandwidths])
+            for queries in self.samples_[folds == fold].split(self.block_size):
+                sums = self._log_kernel_sums(queries, kept, bandwidths).sum(dim=1).cpu().numpy()
+                total += sums + len(queries) * norms
+        return total
+
+
+# --- class scorers ---------------------------------------------------------------------------------------------------
+
+
+class ClassScorer(BaseEstimator, _Stateful):
+    """`fit(X, y)` on embeddings (n, D) and labels 0..K-1; `score_samples(X)` gives class scores (n, K), higher is likelier."""
+
+    def fit(self, X: Any, y: Any) -> "ClassScorer":  # noqa: N803
+        samples, labels = _as_tensor(X), torch.as_tensor(np.asarray(y)).long()
+        if labels.shape != samples.shape[:1]:
+            raise ValueError(f"y must hold a label a row of X; got {tuple(labels.shape)} for {tuple(samples.shape)}")
+        counts = torch.bincount(labels)
+        if (counts < 2).any():
+            raise ValueError(f"every class needs at least 2 samples; got counts {counts.tolist()}")
+        self._fit(samples, labels, len(counts))
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
+        return self._score(_as_tensor(X)).numpy()
+
+    def _fit(self, samples: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
+        raise NotImplementedError
+
+    def _score(self, samples: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def _by_class(samples: torch.Tensor, labels: torch.Tensor, num_labels: int) -> Iterator[torch.Tensor]:
+    return (samples[labels == k] for k in range(num_labels))
+
+
+class MahalanobisScorer(ClassScorer):
+    """Negative squared diagonal Mahalanobis distance to each class, after a global z-score."""
+
+    def __init__(self, variance_floor: float = 1e-3, shrinkage: float = 0.05):
+        self.variance_floor, self.shrinkage = variance_floor, shrinkage
+
+    def _fit(self, samples, labels, num_labels):
+        self.mean_, self.scale_ = samples.mean(dim=0), samples.std(dim=0, correction=0).clamp_min(1e-12)
+        scaled = (samples - self.mean_) / self.scale_
+        self.means_ = torch.stack([c.mean(dim=0) for c in _by_class(scaled, labels, num_labels)])  # (K, D)
+        variances = torch.stack([c.var(dim=0, correction=0) for c in _by_class(scaled, labels, num_labels)])
+        median = variances.median(dim=1, keepdim=True).values
+        self.variances_ = ((1 - self.shrinkage) * variances + self.shrinkage * median).clamp_min(self.variance_floor)
+
+    def _score(self, samples):
+        scaled = (samples - self.mean_) / self.scale_
+        return -((scaled[:, None] - self.means_).square() / self.variances_).sum(dim=-1)
+
+
+class GMMScorer(ClassScorer):
+    """Log-likelihood under a diagonal Gaussian mixture for each class, fitted by scikit-learn after a global z-score."""
+
+    def __init__(self, n_components: int = 2, variance_floor: float = 1e-2, seed: int = 0):
+        self.n_components, self.variance_floor, self.seed = n_components, variance_floor, seed
+
+    def _fit(self, samples, labels, num_labels):
+        self.mean_, self.scale_ = samples.mean(dim=0), samples.std(dim=0, correction=0).clamp_min(1e-12)
+        mixtures = []
+        for members in _by_class((samples - self.mean_) / self.scale_, labels, num_labels):
+            mixture = GaussianMixture(
+                min(self.n_components, len(members)), covariance_type="diag", reg_covar=self.variance_floor,
+                random_state=self.seed,
+            )  # fmt: skip
+            mixtures.append(mixture.fit(members.numpy()))
+        self.log_weights_ = [torch.from_numpy(np.log(m.weights_)) for m in mixtures]
+        self.means_ = [torch.from_numpy(m.means_) for m in mixtures]
+        self.variances_ = [torch.from_numpy(m.covariances_) for m in mixtures]
+
+    def _score(self, samples):
+        scaled = ((samples - self.mean_) / self.scale_)[:, None]  # (n, 1, D)
+        scores = []
+        for log_weights, means, variances in zip(self.log_weights_, self.means_, self.variances_, strict=True):
+            exponents = ((scaled - means).square() / variances + (2 * math.pi * variances).log()).sum(dim=-1)
+            scores.append(torch.logsumexp(log_weights - exponents / 2, dim=1))
+        return torch.stack(scores, dim=1)
+
+
+class KDEScorer(ClassScorer):
+    """Log density under a Gaussian KDE for each class, each with its own bandwidth."""
+
+    def __init__(self, bandwidth: float | None = None):
+        self.bandwidth = bandwidth
+
+    def _fit(self, samples, labels, num_labels):
+        self.densities_ = [GaussianKDE(self.bandwidth).fit(c) for c in _by_class(samples, labels, num_labels)]
+
+    def _score(self, samples):
+        return torch.stack([torch.from_numpy(density.score_samples(samples)) for density in self.densities_], dim=1)
+
+
+class LLRScorer(ClassScorer):
+    """
+    Log-likelihood ratios of Gaussians that share one covariance, with the full quadratic form (linear discriminant
+    analysis): x' S^-1 m_k - m_k' S^-1 m_k / 2 + log prior_k. The covariance is shrunk to a multiple of the identity.
+    """
+
+    def __init__(self, shrinkage: float = 0.05):
+        self.shrinkage = shrinkage
+
+    def _fit(self, samples, labels, num_labels):
+        means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
+        centred = samples - means[labels]
+        covariance = centred.T @ centred / len(samples)
+        identity = torch.eye(samples.shape[1], dtype=torch.float64)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().mean() * identity
+        self.weights_ = torch.linalg.lstsq(shrunk, means.T, driver="gelsd").solution  # (D, K)
+        log_prior = (torch.bincount(labels) / len(labels)).double().log()
+        self.bias_ = log_prior - (means.T * self.weights_).sum(dim=0) / 2
+
+    def _score(self, samples):
+        return samples @ self.weights_ + self.bias_
+
+
+SCORERS = {"mahalanobis": MahalanobisScorer, "gmm": GMMScorer, "kde": KDEScorer, "llr": LLRScorer}
+
+
+# --- what a checkpoint carries ---------------------------------------------------------------------------------------
+
+
+class KnownDensity(_Stateful):
+    """
+    The density of the known classes' embeddings with its calibration, and the fitted class scorers: `density.pkl`.
+
+    Attributes:
+        labels (`list[str]`): The known classes, in the order of the scorers' columns.
+        kde_ (`GaussianKDE`): Fitted on training embeddings.
+        calibration_ (`torch.Tensor` of shape `(n,)`): Sorted log densities of held-out known images (validation).
+        scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
+        probe_ (`torch.Tensor` of shape `(embedding_size,)`):
+            What the network gave for a fixed input when this was fitted; a network that gives something else has changed.
+    """
+
+    def __init__(self):
+        self.labels: list[str] = []
+
+    def fit(self, embeddings: Any, labels: Any, held_out: Any, label_names: list[str]) -> "KnownDensity":
+        """
+        Args:
+            embeddings: Training embeddings, (n, D).
+            labels: Their classes, 0..K-1, (n,).
+            held_out: Validation embeddings of known classes, (m, D); they calibrate the p-value.
+            label_names (`list[str]`): K names.
+        """
+        self.labels = list(label_names)
+        self.kde_ = GaussianKDE().fit(embeddings)
+        self.calibrate(held_out)
+        self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
+        return self
+
+    def calibrate(self, held_out: Any) -> None:
+        self.calibration_ = torch.from_numpy(np.sort(self.kde_.score_samples(held_out)))
+
+    @property
+    def embedding_size(self) -> int:
+        return self.kde_.samples_.shape[1]
+
+    def log_density(self, embeddings: Any) -> np.ndarray:
+        """Log density in nats, (n,)."""
+        return self.kde_.score_samples(embeddings)
+
+    def p_value(self, log_density: np.ndarray) -> np.ndarray:
+        """
+        Split-conformal p-value of "made by a known class", (n,) in (0, 1]: (1 + #{calibration <= score}) / (m + 1). For an
+        image exchangeable with the calibration images, P(p <= alpha) <= alpha (Vovk et al. 2005).
+        """
+        below = np.searchsorted(self.calibration_.numpy(), log_density, side="right")
+        return (1 + below) / (len(self.calibration_) + 1)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to a temporary name beside `path`, then move: a crash leaves the previous file whole."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        content = pickle.dumps({"version": FORMAT_VERSION, "density": _pack(self)}, protocol=4)
+        partial.write_bytes(content)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "KnownDensity":
+        """
+        Raises:
+            ValueError: the file is damaged, of another version, or holds anything but plain values: nothing in it is run.
+        """
+        try:
+            content = _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+            if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
+                raise ValueError(f"it is not a density file of version {FORMAT_VERSION}")
+            density = _unpack(content["density"])
+            if not isinstance(density, cls):
+                raise ValueError(f"it holds a {type(density).__name__}")
+        except OSError:
+            raise
+        except Exception as error:  # a hostile or damaged pickle can raise anything
+            raise ValueError(f"{path} was refused: {error}; fit the density again with train.py") from error
+        return density

@@ -1,0 +1,171 @@
+"""The `evaluate` metric of image attribution: closed-set and open-set figures, computed by scikit-learn."""
+
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    roc_auc_score,
+    roc_curve,
+)
+
+_DESCRIPTION = """
+Figures of image attribution. Closed set: which of the known generators made an image. Open set: whether any of them did.
+"""
+
+_INPUTS = """
+Args:
+    predictions (list of list of float): Class scores of each image, higher is likelier; used as they are.
+    references (list of int): The true classes, 0..K-1; in the configuration "open-set", -1 for an unknown generator.
+    known_scores (list of float, optional): "Known-ness" of each of these images, higher is more known (a log density).
+    unknown_scores (list of float, optional): The same of images by unknown generators.
+    label_names (list of str, optional): Names of the classes, for `per_class_auc`.
+
+    The configuration "open-set" has the open-set scores as columns, so that `add_batch` works: `scores` and `is_known`
+    instead of the two arguments.
+Returns:
+    macro_auc: One-vs-rest AUC, averaged over classes.
+    per_class_auc: One-vs-rest AUC of each class.
+    accuracy, balanced_accuracy: Of the class with the highest score.
+    With open-set scores also
+    auroc, aupr: Known against unknown, known is positive.
+    fpr95: Share of unknown images taken for known where 95 % of known ones are.
+    eer: Where both error rates are equal.
+    oscr: Area under correct classification rate against false positive rate (Dhamija et al. 2018).
+Raises:
+    ValueError: on fewer than two classes, a class that is missing, NaN, or shapes that don't agree.
+Examples:
+    >>> metric = evaluate.load("./evaluate_protoleak")
+    >>> result = metric.compute(
+    ...     predictions=[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.4, 0.6]], references=[0, 1, 0, 1],
+    ...     known_scores=[3.0, 2.0, 4.0, 1.0], unknown_scores=[0.5, 1.5],
+    ... )
+    >>> print(result["macro_auc"], result["auroc"])
+    1.0 0.875
+"""
+
+
+def closed_set_figures(
+    predictions: np.ndarray, references: np.ndarray, label_names: Sequence[str] | None = None
+) -> dict[str, float | dict[str, float]]:
+    """Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1."""
+    predictions, references = np.asarray(predictions, float), np.asarray(references)
+    if predictions.ndim != 2 or predictions.shape[1] < 2:
+        raise ValueError(f"predictions must be (N, K) scores of K >= 2 classes; got shape {predictions.shape}")
+    if references.shape != predictions.shape[:1]:
+        raise ValueError(f"references must be (N,) with N = {len(predictions)}; got shape {references.shape}")
+    _require_finite("predictions", predictions)
+    classes = np.arange(predictions.shape[1])
+    counts = {int(k): int((references == k).sum()) for k in classes}
+    if not np.isin(references, classes).all():
+        raise ValueError(f"references must be within 0 and {classes[-1]}; got {sorted(set(references.tolist()))}")
+    if min(counts.values()) == 0:
+        raise ValueError(f"every class needs at least one image for its one-vs-rest AUC; got counts {counts}")
+    names = list(label_names) if label_names is not None else [str(k) for k in classes]
+    if len(names) != len(classes):
+        raise ValueError(f"label_names must name {len(classes)} classes; got {len(names)}")
+    per_class = {n: float(roc_auc_score(references == k, predictions[:, k])) for k, n in zip(classes, names, strict=True)}
+    best = predictions.argmax(axis=1)
+    return {
+        "macro_auc": float(np.mean(list(per_class.values()))),
+        "per_class_auc": per_class,
+        "accuracy": float(accuracy_score(references, best)),
+        "balanced_accuracy": float(balanced_accuracy_score(references, best)),
+    }
+
+
+def open_set_figures(known_scores: np.ndarray, unknown_scores: np.ndarray) -> dict[str, float]:
+    """Known against unknown from scores that are higher for known images: (N,), (U,)."""
+    known, unknown = np.asarray(known_scores, float), np.asarray(unknown_scores, float)
+    for name, scores in (("known_scores", known), ("unknown_scores", unknown)):
+        if scores.ndim != 1 or len(scores) == 0:
+            raise ValueError(f"{name} must be a list of at least one score; got shape {scores.shape}")
+        _require_finite(name, scores)
+    scores, is_known = np.concatenate([known, unknown]), np.repeat([1, 0], [len(known), len(unknown)])
+    false_positive, true_positive, _ = roc_curve(is_known, scores, drop_intermediate=False)
+    crossing = np.argmin(np.abs(false_positive - (1 - true_positive)))
+    return {
+        "auroc": float(roc_auc_score(is_known, scores)),
+        "aupr": float(average_precision_score(is_known, scores)),
+        "fpr95": float(false_positive[np.searchsorted(true_positive, 0.95)]),
+        "eer": float((false_positive[crossing] + 1 - true_positive[crossing]) / 2),
+    }
+
+
+def open_set_classification_rate(correct: np.ndarray, known_scores: np.ndarray, unknown_scores: np.ndarray) -> float:
+    """OSCR: as a threshold falls, known images both accepted and right, against unknown images accepted."""
+    scores = np.concatenate([known_scores, unknown_scores])
+    order = np.argsort(-scores, kind="stable")
+    right = np.concatenate([np.asarray(correct, float), np.zeros(len(unknown_scores))])[order]
+    wrong = np.repeat([0.0, 1.0], [len(known_scores), len(unknown_scores)])[order]
+    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    rate = np.append(0, np.cumsum(right)[last_of_ties] / len(known_scores))
+    false_positive = np.append(0, np.cumsum(wrong)[last_of_ties] / len(unknown_scores))
+    return float(np.trapezoid(rate, false_positive))
+
+
+def attribution_figures(
+    predictions: np.ndarray,
+    references: np.ndarray,
+    known_scores: np.ndarray | None = None,
+    unknown_scores: np.ndarray | None = None,
+    label_names: Sequence[str] | None = None,
+) -> dict:
+    """All figures: see this module's metric."""
+    figures = closed_set_figures(predictions, references, label_names)
+    if (known_scores is None) != (unknown_scores is None):
+        raise ValueError("open-set figures need both known_scores and unknown_scores; got one of them")
+    if known_scores is not None:
+        if len(known_scores) != len(references):
+            raise ValueError(f"known_scores must hold {len(references)} scores, one a reference; got {len(known_scores)}")
+        figures |= open_set_figures(known_scores, unknown_scores)
+        correct = np.argmax(predictions, axis=1) == np.asarray(references)
+        figures["oscr"] = open_set_classification_rate(correct, np.asarray(known_scores), np.asarray(unknown_scores))
+    return figures
+
+
+def _require_finite(name: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} contains NaN or infinite values, at {np.argwhere(~np.isfinite(values))[:3].tolist()}")
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class ProtoLeakMetric(evaluate.Metric):
+    """Macro AUC, accuracy, and open-set figures; configurations "default" and "open-set"."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("float32")),
+            "references": datasets.Value("int64"),
+        }
+        if self.config_name == "open-set":
+            features |= {"scores": datasets.Value("float64"), "is_known": datasets.Value("bool")}
+        elif self.config_name != "default":
+            raise ValueError(f'the configurations are "default" and "open-set"; got {self.config_name!r}')
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="Giusti, Guarnera, Battiato: Proto-LeakNet, arXiv 2511.04260",
+            inputs_description=_INPUTS,
+            features=datasets.Features(features),
+        )
+
+    def _compute(
+        self,
+        predictions,
+        references,
+        scores=None,
+        is_known=None,
+        known_scores=None,
+        unknown_scores=None,
+        label_names=None,
+    ) -> dict:
+        predictions, references = np.array(predictions), np.array(references)
+        if self.config_name == "open-set":
+            is_known, scores = np.array(is_known, bool), np.array(scores)
+            predictions, references = predictions[is_known], references[is_known]
+            known_scores, unknown_scores = scores[is_known], scores[~is_known]
+        return attribution_figures(predictions, references, known_scores, unknown_scores, label_names)

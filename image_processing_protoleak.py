@@ -1,0 +1,227 @@
+"""From any image to pixel values: the one place where images are opened and checked."""
+
+import base64
+import binascii
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
+
+
+def open_image(source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = None) -> Image.Image:
+    """
+    Open an image as upright 8-bit RGB, as a viewer shows it.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled to 8 bits,
+    the first frame of an animation is taken.
+
+    Args:
+        source: Path, http(s) URL, base64 or `data:` string, bytes, binary file, PIL image, or an array or tensor of shape
+            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535], or floating
+            point in [0, 1].
+        max_pixels (`int`): Larger images are refused before they are decoded.
+        timeout (`float`, *optional*): Seconds to wait for a URL.
+
+    Raises:
+        OSError: the file is missing, unreadable, truncated, or not an image of an accepted format.
+        ValueError: the image is too large, or the array has no image's shape, type or range.
+    """
+    name = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+    name = name if len(name) <= 200 else name[:200] + "..."
+    if not isinstance(source, Image.Image):
+        if hasattr(source, "__array__"):
+            return _to_rgb(_from_array(np.asarray(source)), name)
+        source = _open_encoded(source, name, timeout)
+    if source.width * source.height > max_pixels:
+        raise ValueError(
+            f"{name} has {source.width} x {source.height} pixels, more than max_pixels = {max_pixels}; "
+            f"reduce it or raise max_pixels in preprocessor_config.json"
+        )
+    try:
+        return _to_rgb(source, name)
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow raises SyntaxError for some broken files
+        raise OSError(f"{name} can't be decoded, it may be truncated or damaged: {error}") from error
+
+
+def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
+    if isinstance(source, bytes | bytearray):
+        source = io.BytesIO(source)
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        import httpx  # a dependency of huggingface_hub
+
+        try:
+            source = io.BytesIO(httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content)
+        except httpx.HTTPError as error:
+            raise OSError(f"{name} can't be fetched: {error}") from error
+    elif isinstance(source, str) and source.startswith("data:"):
+        source = _from_base64(source.partition(",")[2], name)
+    elif isinstance(source, str) and len(source) > 1024 and not os.path.exists(source[:255]):
+        source = _from_base64(source, name)
+    elif not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
+        raise ValueError(f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}")
+    try:
+        return Image.open(source, formats=FORMATS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise OSError(f"{name} is not an image of an accepted format ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _from_base64(text: str, name: str) -> io.BytesIO:
+    try:
+        return io.BytesIO(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise OSError(f"{name} is neither a path, a URL nor base64: {error}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4; got shape {array.shape}")
+    return Image.fromarray(_to_uint8(array))
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return (array // 257).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() and 0 <= array.min() and array.max() <= 1:
+        return np.round(array * 255).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.integer) and 0 <= array.min() and array.max() <= 65535:
+        return (array // 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
+    raise ValueError(
+        f"values must be uint8, uint16, or floating point in [0, 1]; "
+        f"got {array.dtype} within [{array.min()}, {array.max()}]"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class ProtoLeakImageProcessor(BaseImageProcessor):
+    r"""
+    Turns images into pixel values in [-1, 1].
+
+    Args:
+        crop_size (`int`, defaults to 256): Side of the square crops in pixels, a multiple of the VAE's reduction (8).
+        do_resize (`bool`, defaults to `True`):
+            Whether the shorter side is resized to `crop_size` first, as in the paper. Without, crops are cut at native
+            resolution, which keeps the traces that resampling destroys; smaller images are padded by reflection.
+        resample (`int`, defaults to 3, bicubic): Filter of the resizing, as in `PIL.Image.Resampling`.
+        num_crops (`int`, defaults to 1): Crops an image: one at the centre, or several spread evenly over it.
+        max_pixels (`int`): Larger images are refused.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        crop_size: int = 256,
+        do_resize: bool = True,
+        resample: int = Image.Resampling.BICUBIC,
+        num_crops: int = 1,
+        max_pixels: int = MAX_PIXELS,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for argument, value in {"crop_size": crop_size, "num_crops": num_crops, "max_pixels": max_pixels}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{argument} must be an integer of at least 1; got {argument}={value!r}")
+        if resample not in list(Image.Resampling):
+            raise ValueError(f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}")
+        self.crop_size, self.do_resize, self.resample = crop_size, do_resize, int(resample)
+        self.num_crops, self.max_pixels = num_crops, max_pixels
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list of them, anything that [`open_image`] takes.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for a list.
+
+        Returns:
+            `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, with several crops,
+            (batch_size, num_crops, 3, crop_size, crop_size): float32 in [-1, 1].
+        """
+        if kwargs:
+            raise ValueError(f"preprocess takes images and return_tensors; got {sorted(kwargs)}")
+        images = images if isinstance(images, list | tuple) else [images]
+        if not images:
+            raise ValueError("images is empty; pass at least one image")
+        pixel_values = [self.pixel_values(image) for image in images]
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def pixel_values(self, image: Any) -> np.ndarray:
+        """The crops of one image: float32 (3, S, S), or (num_crops, 3, S, S) with several crops, in [-1, 1]."""
+        image = open_image(image, self.max_pixels)
+        if self.do_resize:
+            scale = self.crop_size / min(image.size)
+            image = image.resize([max(self.crop_size, round(n * scale)) for n in image.size], self.resample)
+        array = _reflect_pad(np.asarray(image), self.crop_size)
+        crops = np.stack([array[y : y + self.crop_size, x : x + self.crop_size] for y, x in self._corners(array.shape)])
+        crops = crops.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        return crops[0] if self.num_crops == 1 else crops
+
+    def _corners(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        columns = math.ceil(math.sqrt(self.num_crops))
+        rows = math.ceil(self.num_crops / columns)
+        y_free, x_free = (n - self.crop_size for n in shape[:2])
+        return [(y, x) for y in _spread(y_free, rows) for x in _spread(x_free, columns)][: self.num_crops]
+
+    def to_dict(self) -> dict[str, Any]:
+        name = type(self).__name__
+        return super().to_dict() | {"auto_map": {"AutoImageProcessor": f"image_processing_protoleak.{name}"}}
+
+
+def _spread(free: int, count: int) -> list[int]:
+    return [free // 2] if count == 1 else [round(i * free / (count - 1)) for i in range(count)]
+
+
+def _reflect_pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Pad (H, W, 3) evenly to at least size x size; "symmetric" also works for a side of one pixel."""
+    missing = [max(0, size - n) for n in array.shape[:2]]
+    if not any(missing):
+        return array
+    return np.pad(array, [(n // 2, n - n // 2) for n in missing] + [(0, 0)], mode="symmetric")
+
+
+def find_images(paths: list[str | Path]) -> list[Path]:
+    """
+    The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted order.
+
+    A path that does not exist is kept, so that opening it reports it.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        else:
+            found.append(path)
+    return found
+
+
+__all__ = ["ProtoLeakImageProcessor"]

@@ -1,0 +1,555 @@
+"""
+Proto-LeakNet: image attribution from signal leaks in the latents of a diffusion VAE.
+
+After "Proto-LeakNet: Towards Signal-Leak Aware Attribution in Synthetic Human Face Imagery"
+(Giusti, Guarnera, Battiato, arXiv 2511.04260). B, T, K, M, D in shape comments: batch, timesteps, classes, prototypes a
+class, embedding size; V: crops (views) of an image; C, H, W: latent channels, height, width.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, cached_file, logging
+
+from .configuration_protoleak import ProtoLeakConfig
+from .density_protoleak import DENSITY_FILE, KnownDensity
+
+if TYPE_CHECKING:  # transformers follows these lines when it copies a checkpoint's code
+    from .image_processing_protoleak import ProtoLeakImageProcessor  # noqa: F401
+    from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ProtoLeakModelOutput(ModelOutput):
+    """
+    Args:
+        embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): h, attended over timesteps.
+        gates (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): w in (0, 1), attended alike.
+        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_timesteps)`): alpha, each row sums to 1.
+        noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`, *optional*):
+            z_t, with `output_noisy_latents=True`. With several crops an image, there is a dimension of crops after the first.
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    gates: torch.FloatTensor | None = None
+    temporal_weights: torch.FloatTensor | None = None
+    noisy_latents: torch.FloatTensor | None = None
+
+
+@dataclass
+class ImageAttributionOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Class scores of the config's scorer.
+        log_density (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
+            Log density in nats under the known classes' embeddings, once a density is fitted.
+        p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known class".
+        embeddings, gates, temporal_weights, noisy_latents: As in [`ProtoLeakModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    log_density: torch.Tensor | None = None
+    p_values: torch.Tensor | None = None
+    embeddings: torch.FloatTensor | None = None
+    gates: torch.FloatTensor | None = None
+    temporal_weights: torch.FloatTensor | None = None
+    noisy_latents: torch.FloatTensor | None = None
+
+
+def forward_diffusion(
+    latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, sigma_normalization: bool = False
+) -> torch.Tensor:
+    """
+    Re-simulate the forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+
+    Args:
+        latents: z_0, (B, C, H, W).
+        noise: eps ~ N(0, 1), (T, C, H, W) for every image alike, or (B, T, C, H, W).
+        alphas_cumprod: abar at the T timesteps, (T,).
+        sigma_normalization: Whether z_t is divided by sqrt(1 - abar_t).
+
+    Returns:
+        z_t, (B, T, C, H, W).
+    """
+    alphas_cumprod = alphas_cumprod.to(latents).view(-1, 1, 1, 1)
+    sigma = (1 - alphas_cumprod).sqrt()
+    noisy = alphas_cumprod.sqrt() * latents[:, None] + sigma * noise
+    return noisy / sigma if sigma_normalization else noisy
+
+
+def grid_statistics(features: torch.Tensor) -> torch.Tensor:
+    """
+    Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness and log
+    kurtosis of each channel, correlations between channels, and of each channel with its right and lower neighbour.
+
+    Args:
+        features: (N, C, H, W).
+
+    Returns:
+        (N, 6 C + C (C - 1) / 2).
+    """
+    flat = features.float().flatten(2)  # (N, C, HW)
+    mean = flat.mean(dim=2, keepdim=True)
+    std = (flat - mean).square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
+    unit = (flat - mean) / std
+    correlation = unit @ unit.transpose(1, 2) / unit.shape[2]  # (N, C, C)
+    rows, columns = torch.triu_indices(unit.shape[1], unit.shape[1], offset=1, device=unit.device)
+    grid = unit.view_as(features)
+    right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
+    below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
+    skewness, log_kurtosis = unit.pow(3).mean(dim=2), unit.pow(4).mean(dim=2).add(1e-8).log()
+    moments = [mean.squeeze(2), std.squeeze(2).log(), skewness, log_kurtosis]
+    return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
+
+
+class LeakEncoder(nn.Module):
+    """One noisy latent to one embedding: backbone, pooling over the latent grid, projection. Shared by all timesteps."""
+
+    def __init__(self, config: ProtoLeakConfig):
+        super().__init__()
+        self.pooling = config.pooling
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        channels = self.backbone.channels[-1]
+        if config.pooling == "statistics":
+            sizes = [6 * c + c * (c - 1) // 2 for c in (config.latent_channels, channels)]
+            self.norm = nn.BatchNorm1d(sum(sizes), affine=False)
+            self.projection = nn.Linear(sum(sizes), config.embedding_size)
+        else:
+            self.norm = nn.Identity()
+            self.projection = nn.Linear(channels, config.embedding_size)
+        self.dropout = nn.Dropout(config.feature_dropout)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, D)"""
+        features = self.backbone(latents).feature_maps[-1]
+        if self.pooling == "statistics":  # of the latents beside those of the features that the backbone finds in them
+            pooled = torch.cat([grid_statistics(latents), grid_statistics(features)], dim=1)
+        else:
+            pooled = features.mean(dim=(2, 3))
+        return self.projection(self.dropout(self.norm(pooled)))
+
+
+class FeatureGate(nn.Module):
+    """w = sigmoid(MLP(h)): how much each dimension of the embedding counts."""
+
+    def __init__(self, embedding_size: int):
+        super().__init__()
+        self.hidden = nn.Linear(embedding_size, embedding_size)
+        self.output = nn.Linear(embedding_size, embedding_size)
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.output(F.relu(self.hidden(embeddings))))
+
+
+class TemporalAttention(nn.Module):
+    """alpha = softmax over timesteps of a learned query on h_t, with whole timesteps dropped in training."""
+
+    def __init__(self, embedding_size: int, time_dropout: float):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(embedding_size))
+        self.time_dropout = time_dropout
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T)"""
+        scores = embeddings @ self.query.to(embeddings) / math.sqrt(embeddings.shape[-1])
+        if self.training and self.time_dropout > 0:
+            dropped = torch.rand_like(scores) < self.time_dropout
+            dropped &= ~dropped.all(dim=1, keepdim=True)  # an image keeps at least one timestep
+            scores = scores.masked_fill(dropped, -torch.inf)
+        return scores.softmax(dim=1)
+
+
+class PrototypeHead(nn.Module):
+    """M prototypes a class; a class scores by the soft minimum of the feature-weighted distances to its prototypes."""
+
+    def __init__(self, config: ProtoLeakConfig):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.zeros(config.num_labels, config.num_prototypes, config.embedding_size))
+        self.temperature_range = config.temperature_range
+        self.temperature_logit = nn.Parameter(torch.zeros(()))
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """tau, a scalar within `temperature_range`."""
+        low, high = self.temperature_range
+        return low + (high - low) * torch.sigmoid(self.temperature_logit.float())
+
+    def distances(self, embeddings: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """
+        d_km = sum_i w_i (h_i - p_kmi)^2, as three matrix products: (B, K, M, D) is never made.
+
+        Args:
+            embeddings: h, (B, D).
+            gates: w, (B, D).
+
+        Returns:
+            (B, K, M), float32.
+        """
+        prototypes = self.prototypes.float().flatten(0, 1)  # (KM, D)
+        embeddings, gates = embeddings.float(), gates.float()
+        constant = (gates * embeddings.square()).sum(dim=1, keepdim=True)
+        distances = constant - 2 * (gates * embeddings) @ prototypes.T + gates @ prototypes.square().T
+        return distances.clamp_min(0).unflatten(1, self.prototypes.shape[:2])
+
+    def forward(self, embeddings: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """score_k = tau logsumexp_m(-d_km / tau). (B, D), (B, D) -> (B, K), float32"""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            tau = self.temperature
+            return tau * torch.logsumexp(-self.distances(embeddings, gates) / tau, dim=2)
+
+
+class ProtoLeakPreTrainedModel(PreTrainedModel):
+    """Loading and saving. The frozen VAE is held once, in `vae`, and stays out of the network's weights."""
+
+    config_class = ProtoLeakConfig
+    base_model_prefix = "protoleak"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, TemporalAttention):
+            init.normal_(module.query, std=0.02)
+        elif isinstance(module, PrototypeHead):
+            init.normal_(module.prototypes, std=0.5)
+            init.zeros_(module.temperature_logit)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    # --- the VAE
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """The frozen autoencoder, or `None` before one is attached."""
+        return self.base_model._modules.get("_vae")
+
+    def attach_vae(self, vae: nn.Module) -> None:
+        """Hold `vae`, frozen; its latent channels must be those of the config (`ValueError`)."""
+        channels = vae.config.latent_channels
+        if channels != self.config.latent_channels:
+            raise ValueError(
+                f"the VAE has latent_channels = {channels}, but this model was made for "
+                f"latent_channels = {self.config.latent_channels}; pass the VAE that it was trained with"
+            )
+        self.base_model._modules["_vae"] = vae.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()  # frozen also in what it does
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vae: nn.Module | None = None, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`], and attaches the VAE and the fitted density.
+
+        Args:
+            vae (*optional*):
+                The autoencoder to hold; by default the checkpoint's `vae/`, else `config.vae_name_or_path`.
+
+        Raises:
+            OSError: no VAE can be loaded; the message tells which was looked for and how to pass another.
+            ValueError: the density doesn't belong to these weights, or is not safe to read.
+        """
+        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "token", "revision", "local_files_only") if k in kwargs}
+        model.attach_vae(vae if vae is not None else load_vae(pretrained_model_name_or_path, model.config, **hub))
+        model._load_density(pretrained_model_name_or_path, hub)
+        return result
+
+    def _load_density(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
+        """The base model has no use for a density."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As [`PreTrainedModel.save_pretrained`]; writes the VAE, the scheduler, the density and the code beside."""
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        kwargs["state_dict"] = {k: v for k, v in state_dict.items() if "_vae." not in k}
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = {"image-attribution": dict(CUSTOM_PIPELINE)}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self._save_companions(Path(save_directory))
+
+    def _save_companions(self, folder: Path) -> None:
+        if self.vae is not None:
+            self.vae.save_pretrained(folder / "vae")
+        make_scheduler(self.config).save_pretrained(folder / "scheduler")
+        for code in sorted(Path(__file__).parent.glob("*_protoleak.py")):
+            if code.resolve() != (folder / code.name).resolve():
+                (folder / code.name).write_bytes(code.read_bytes())
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_protoleak.ProtoLeakConfig",
+    "AutoModel": "modeling_protoleak.ProtoLeakModel",
+    "AutoModelForImageClassification": "modeling_protoleak.ProtoLeakForImageAttribution",
+}
+CUSTOM_PIPELINE = {
+    "impl": "pipeline_protoleak.ImageAttributionPipeline",
+    "pt": ["AutoModelForImageClassification"],
+    "type": "image",
+}
+
+
+def make_scheduler(config: ProtoLeakConfig):
+    """The diffusers scheduler whose `alphas_cumprod` is the noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**config.noise_schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> nn.Module:
+    """The VAE in the checkpoint's `vae/`; where there is none, the one that the config names."""
+    import diffusers
+
+    bundled = cached_file(
+        checkpoint, "config.json", subfolder="vae", _raise_exceptions_for_missing_entries=False, **hub
+    )
+    source, revision, subfolder = checkpoint, hub.pop("revision", None), "vae"
+    if bundled is None:
+        source, revision, subfolder = config.vae_name_or_path, config.vae_revision, config.vae_subfolder
+    try:
+        return diffusers.AutoModel.from_pretrained(source, subfolder=subfolder, revision=revision, **hub)
+    except Exception as error:
+        raise OSError(
+            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: {error}. "
+            f"Pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
+            f"config.vae_name_or_path to a local folder"
+        ) from error
+
+
+class ProtoLeakModel(ProtoLeakPreTrainedModel):
+    """Embeddings of images: VAE, forward diffusion, encoder, gates, temporal attention."""
+
+    def __init__(self, config: ProtoLeakConfig):
+        super().__init__(config)
+        self.encoder = LeakEncoder(config)
+        self.gate = FeatureGate(config.embedding_size)
+        self.attention = TemporalAttention(config.embedding_size, config.time_dropout)
+        self._constants: dict[Any, torch.Tensor] = {}
+        self.post_init()
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        z_0, the scaled posterior mode of the VAE. (..., 3, h, w) in [-1, 1] -> (..., C, H, W), float32
+        """
+        if self.vae is None:
+            raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
+        flat = pixel_values.flatten(0, -4).to(device=self.vae.device, dtype=self.vae.dtype)
+        encoded = self.vae.encode(flat)
+        if hasattr(encoded, "latent_dist"):  # AutoencoderKL
+            latents = encoded.latent_dist.mode()
+        else:  # AutoencoderTiny has `latents`, AutoencoderDC `latent`
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = (latents.float() - shift) * self.vae.config.scaling_factor
+        return latents.unflatten(0, pixel_values.shape[:-3])
+
+    def alphas_cumprod(self) -> torch.Tensor:
+        """abar at the config's timesteps, (T,), from the diffusers scheduler."""
+        if "alphas_cumprod" not in self._constants:  # made late: from_pretrained constructs on the meta device
+            self._constants["alphas_cumprod"] = make_scheduler(self.config).alphas_cumprod[self.config.timesteps]
+        return self._constants["alphas_cumprod"]
+
+    def evaluation_noise(self, shape: torch.Size) -> torch.Tensor:
+        """
+        The noise of evaluation, (T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that an image has
+        the same score in any batch, place, process and device.
+        """
+        if shape not in self._constants:
+            generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
+            draws = [torch.randn(shape, generator=generator) for _ in self.config.timesteps]
+            self._constants[shape] = torch.stack(draws)
+        return self._constants[shape]
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        output_noisy_latents: bool = False,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ProtoLeakModelOutput | tuple:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
+                In [-1, 1], from [`ProtoLeakImageProcessor`]; with several crops an image `(batch_size, num_crops, 3, height,
+                width)`, whose embeddings are averaged.
+            latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`):
+                z_0 from [`~ProtoLeakModel.encode`], instead of `pixel_values`; crops as above.
+
+        Raises:
+            ValueError: both or neither of them given, or another number of dimensions.
+        """
+        if (pixel_values is None) == (latents is None):
+            raise ValueError("pass either pixel_values or latents")
+        latents = self.encode(pixel_values) if latents is None else latents
+        if latents.ndim not in (4, 5):
+            raise ValueError(
+                f"images must be (batch, channels, height, width) or (batch, crops, channels, height, width); "
+                f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
+            )
+        views = latents.shape[1:-3]  # () or (V,)
+        flat = latents.flatten(0, -4).to(self.device)  # (BV, C, H, W)
+        noise = self._noise(flat)
+        noisy = forward_diffusion(flat, noise, self.alphas_cumprod(), self.config.sigma_normalization)
+        embeddings = self.encoder(noisy.flatten(0, 1).to(self.dtype)).unflatten(0, noisy.shape[:2])  # (BV, T, D)
+        gates = self.gate(embeddings)
+        weights = self.attention(embeddings)  # (BV, T)
+        attended = [torch.einsum("bt,btd->bd", weights, x) for x in (embeddings, gates)]
+        if views:
+            *attended, weights = (x.unflatten(0, latents.shape[:2]).mean(dim=1) for x in (*attended, weights))
+        output = ProtoLeakModelOutput(
+            embeddings=attended[0],
+            gates=attended[1],
+            temporal_weights=weights,
+            noisy_latents=noisy.unflatten(0, latents.shape[:-3]) if output_noisy_latents else None,
+        )
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _noise(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.training:  # fresh at every step
+            return torch.randn(len(latents), len(self.config.timesteps), *latents.shape[1:], device=latents.device)
+        return self.evaluation_noise(latents.shape[1:]).to(latents)
+
+
+class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
+    """Which known generator made an image, or none: prototypes for the classes, a density for what is known at all."""
+
+    def __init__(self, config: ProtoLeakConfig):
+        super().__init__(config)
+        self.protoleak = ProtoLeakModel(config)
+        self.head = PrototypeHead(config)
+        self.density: KnownDensity | None = None
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_noisy_latents: bool = False,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> ImageAttributionOutput | tuple:
+        r"""
+        Args:
+            pixel_values, latents: As in [`ProtoLeakModel`].
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes 0..K-1, for the loss: cross-entropy
+                plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention from collapsing.
+        """
+        model = self.protoleak(pixel_values, latents, output_noisy_latents, return_dict=True)
+        prototype_logits = self.head(model.embeddings, model.gates)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(prototype_logits, labels) + self._attention_loss(model.temporal_weights)
+        log_density = p_values = None
+        if self.density is not None and not self.training:
+            scores = self.density.log_density(model.embeddings)
+            log_density, p_values = torch.from_numpy(scores), torch.from_numpy(self.density.p_value(scores))
+        output = ImageAttributionOutput(
+            loss=loss,
+            logits=self._class_scores(model.embeddings, prototype_logits),
+            log_density=log_density,
+            p_values=p_values,
+            **model,
+        )
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _attention_loss(self, weights: torch.Tensor) -> torch.Tensor:
+        entropy = torch.special.entr(weights.float()).sum(dim=1).mean()
+        return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
+
+    def _class_scores(self, embeddings: torch.Tensor, prototype_logits: torch.Tensor) -> torch.Tensor:
+        if self.config.scorer == "prototype" or self.training:
+            return prototype_logits
+        if self.density is None:
+            raise ValueError(f"scorer={self.config.scorer!r} needs a fitted density; run train.py, or set scorer='prototype'")
+        scores = self.density.scorers_[self.config.scorer].score_samples(embeddings)
+        return torch.from_numpy(scores).to(prototype_logits)
+
+    # --- the density
+
+    def probe(self) -> torch.Tensor:
+        """What the network makes of a fixed input, (D,): two networks with one probe are the same network."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        latents = torch.randn(1, self.config.latent_channels, 16, 16, generator=generator)
+        training = self.training
+        with torch.no_grad():
+            embedding = self.eval().protoleak(latents=latents).embeddings[0].float().cpu()
+        self.train(training)
+        return embedding
+
+    def fit_density(self, embeddings: Any, labels: Any, held_out: Any) -> None:
+        """
+        Fit the density and the scorers of this network's embeddings of known classes; see [`KnownDensity.fit`].
+        """
+        names = [self.config.id2label[k] for k in range(self.config.num_labels)]
+        self.density = KnownDensity().fit(embeddings, labels, held_out, names)
+        self.density.probe_ = self.probe()
+
+    def check_density(self, density: KnownDensity) -> None:
+        """Raise `ValueError` unless `density` was fitted on embeddings of this very network, for these labels."""
+        names = [self.config.id2label[k] for k in range(self.config.num_labels)]
+        if density.embedding_size != self.config.embedding_size:
+            raise ValueError(
+                f"the density was fitted on embeddings of size {density.embedding_size}, but this model's "
+                f"embedding_size is {self.config.embedding_size}; fit it again with train.py"
+            )
+        if density.labels != names:
+            raise ValueError(f"the density was fitted for {density.labels}, but this model's labels are {names}")
+        probe = self.probe()
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        if not torch.allclose(probe, density.probe_.float(), atol=tolerance * float(density.probe_.abs().max()), rtol=0):
+            raise ValueError("the density was fitted for other weights or timesteps of this model; fit it again with train.py")
+
+    def _load_density(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
+        path = cached_file(name, DENSITY_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is not None:
+            density = KnownDensity.load(path)
+            self.check_density(density)
+            self.density = density
+
+    def _save_companions(self, folder: Path) -> None:
+        super()._save_companions(folder)
+        target = folder / DENSITY_FILE
+        if self.density is not None:
+            try:
+                self.check_density(self.density)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", DENSITY_FILE, error)
+                self.density = None
+        if self.density is not None:
+            self.density.save(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+__all__ = ["ImageAttributionOutput", "ProtoLeakForImageAttribution", "ProtoLeakModel", "ProtoLeakModelOutput"]

@@ -1,0 +1,328 @@
+"""
+Train Proto-LeakNet on any image data set with `datasets` and Accelerate.
+
+    python train.py                                             # LeakZoo, from scratch
+    python train.py --dataset_name FOLDER --output_dir runs/mine
+    accelerate launch train.py ...                              # on several processes or machines
+
+Every image passes the VAE once: its latents are cached under the `datasets` cache, keyed by the VAE's weights, the image
+processor and the image files' content.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.evaluation_protoleak import format_summary, predict, summarize
+from protoleak.image_processing_protoleak import SUFFIXES
+from protoleak.modeling_protoleak import load_vae
+
+HERE = Path(__file__).parent
+GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
+HELD_OUT = {"test": 0.3, "validation": 0.2}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
+logger = logging.getLogger("protoleak.train")
+
+
+@dataclass
+class TrainingArguments:
+    """Everything that a run depends on."""
+
+    dataset_name: str = field(
+        default=str(HERE / "leakzoo"),
+        metadata={"help": "Hub id or folder, whatever `load_dataset` takes; or a folder with Closed_Set/<generator>/."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from. By default weights are new."}
+    )
+    config_name: str = field(
+        default=str(HERE), metadata={"help": "Where a new model's config, image processor and VAE come from."}
+    )
+    output_dir: str = field(default="runs/protoleak", metadata={"help": "Where the checkpoint is written."})
+    num_train_epochs: int = field(default=60, metadata={"help": "Epochs at most."})
+    patience: int = field(default=15, metadata={"help": "Epochs without a better validation loss before it stops."})
+    batch_size: int = field(default=64, metadata={"help": "Images a step and process."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak of AdamW's learning rate."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm."})
+    crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
+    num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_splits(name: str, seed: int = 0) -> DatasetDict:
+    """
+    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label` (str).
+
+    Missing validation and test splits are cut from train, by group where a column tells it.
+
+    Raises:
+        ValueError: the data set has no images or labels, or the known classes are fewer than two.
+    """
+    if (Path(name) / "Closed_Set").is_dir():
+        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
+        if (Path(name) / "Open_Set").is_dir():
+            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
+    else:
+        splits = load_dataset(name)
+    if "train" not in splits:
+        raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
+    splits = DatasetDict({split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()})
+    for split in ("test", "validation"):
+        if split not in splits:
+            share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
+            splits["train"], splits[split] = _cut(splits["train"], share, seed)
+    known = set(splits["train"]["label"])
+    if len(known) < 2:
+        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
+    for split in ("validation", "test"):
+        if extra := set(splits[split]["label"]) ^ known:
+            raise ValueError(f"{name}: splits train and {split!r} must have the same classes; they differ by {sorted(extra)}")
+    return splits
+
+
+def _class_folders(root: Path) -> Dataset:
+    """Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3)."""
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
+    labels = [p.relative_to(root).parts[0] for p in files]
+    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column("image", datasets.Image())
+
+
+def _normalise(rows: Dataset, what: str) -> Dataset:
+    columns = {name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)}
+    if not columns or "label" not in rows.features:
+        raise ValueError(f"{what} needs an image column and a column 'label'; got {rows.features}")
+    image = next(iter(columns))
+    rows = rows if image == "image" else rows.rename_column(image, "image")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    if isinstance(label := rows.features["label"], ClassLabel):
+        names = label.int2str(rows["label"][:])
+        rows = rows.remove_columns("label").add_column("label", names)
+    return rows
+
+
+def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Cut a share off, by group if a column tells it, else within each class."""
+    rng = np.random.default_rng(seed)
+    column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
+    labels, cut = np.array(rows["label"]), np.zeros(len(rows), bool)
+    if column:
+        groups = np.array(rows[column])
+        names = rng.permutation(np.unique(groups))
+        cut = np.isin(groups, names[: max(1, round(share * len(names)))])
+    else:
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            cut[members[: max(1, round(share * len(members)))]] = True
+    return rows.select(np.flatnonzero(~cut)), rows.select(np.flatnonzero(cut))
+
+
+def content_key(rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor) -> str:
+    """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.vae.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for image in rows["image"]:
+        digest.update(hashlib.sha256(_image_bytes(image)).digest())
+    return digest.hexdigest()[:32]
+
+
+def _image_bytes(image: dict[str, Any]) -> bytes:
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def encode_split(
+    rows: Dataset, label_names: list[str], model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
+    accelerator: Accelerator, batch_size: int = 16,
+) -> TensorDataset:  # fmt: skip
+    """Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; from the cache where it has them."""
+    channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
+    views = () if processor.num_crops == 1 else (processor.num_crops,)
+    shape = (*views, channels, side, side)
+
+    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        images = [image["bytes"] if image["bytes"] is not None else image["path"] for image in batch["image"]]
+        latents = model.protoleak.encode(processor(images)["pixel_values"])
+        return {"latents": latents.flatten(1).cpu().numpy()}
+
+    key = content_key(rows, model, processor)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():
+        encoded = rows.map(
+            encode,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=rows.column_names,
+            features=Features(latents=Sequence(Value("float32"), length=math.prod(shape))),
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc="encoding images with the VAE",
+        )
+    latents = torch.from_numpy(encoded.with_format("numpy")["latents"][:]).view(-1, *shape)
+    index = {name: k for k, name in enumerate(label_names)}
+    return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
+
+
+def _reduction(vae) -> int:
+    """How many pixels one side of a latent stands for."""
+    blocks = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return 2 ** (len(blocks) - 1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def make_model(
+    arguments: TrainingArguments, label_names: list[str]
+) -> tuple[ProtoLeakForImageAttribution, ProtoLeakImageProcessor]:
+    """A new model by `config_name`, or the checkpoint `model_name_or_path` with a head for these classes."""
+    source = arguments.model_name_or_path or arguments.config_name
+    overrides = {k: v for k in ("crop_size", "num_crops") if (v := getattr(arguments, k)) is not None}
+    processor = ProtoLeakImageProcessor(**ProtoLeakImageProcessor.get_image_processor_dict(source)[0] | overrides)
+    id2label = dict(enumerate(label_names))
+    label2id = {name: k for k, name in id2label.items()}
+    if arguments.model_name_or_path:
+        model = ProtoLeakForImageAttribution.from_pretrained(
+            source, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True
+        )
+    else:
+        config = ProtoLeakConfig.from_pretrained(source, id2label=id2label, label2id=label2id)
+        model = ProtoLeakForImageAttribution(config)
+        model.attach_vae(load_vae(source, config))
+    return model, processor
+
+
+def fit(
+    model: ProtoLeakForImageAttribution, train: TensorDataset, validation: TensorDataset,
+    arguments: TrainingArguments, accelerator: Accelerator,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train in place; the weights at the end are those of the epoch with the lowest validation loss. Returns its history."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=arguments.weight_decay)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    loader = DataLoader(train, arguments.batch_size, shuffle=True, generator=generator)
+    steps = arguments.num_train_epochs * math.ceil(len(loader) / accelerator.num_processes)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    history, best, best_weights = [], math.inf, None
+    bar = tqdm(range(arguments.num_train_epochs), desc="epochs", disable=not accelerator.is_main_process)
+    for epoch in bar:
+        wrapped.train()
+        losses = []
+        for latents, labels in loader:
+            with accelerator.autocast():
+                loss = wrapped(latents=latents, labels=labels).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        predictions = predict(wrapped, validation, accelerator)
+        truth = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
+        row = {
+            "epoch": epoch,
+            "train_loss": float(np.mean(losses)),
+            "validation_loss": float(-np.log(truth.clip(1e-12)).mean()),
+            "validation_accuracy": float((predictions.probabilities.argmax(axis=1) == predictions.labels).mean()),
+        }
+        history.append(row)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
+        if not math.isfinite(row["train_loss"]):
+            raise ValueError(f"the loss became {row['train_loss']} in epoch {epoch}; lower learning_rate")
+        if row["validation_loss"] < best:
+            best, best_weights = row["validation_loss"], _network_weights(model)
+        elif epoch - min(history, key=lambda r: r["validation_loss"])["epoch"] >= arguments.patience:
+            break
+    model.load_state_dict(best_weights, strict=False)
+    return history
+
+
+def _warmup_cosine(step: int, steps: int) -> float:
+    warmup = max(1, steps // 20)
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def _network_weights(model: ProtoLeakForImageAttribution) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "_vae." not in name}
+
+
+def train(arguments: TrainingArguments) -> dict[str, Any]:
+    """Train, fit the density and the scorers, write the checkpoint to `output_dir`, and return the summary."""
+    started = time.perf_counter()
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    set_seed(arguments.seed)
+    splits = load_splits(arguments.dataset_name, arguments.seed)
+    label_names = sorted(set(splits["train"]["label"]), key=lambda name: (name != "real", name))
+    model, processor = make_model(arguments, label_names)
+    model.density = None  # it will be fitted to the new weights
+    model.to(accelerator.device)
+    data = {split: encode_split(rows, label_names, model, processor, accelerator) for split, rows in splits.items()}
+    encoded = time.perf_counter()
+    history = fit(model, data["train"], data["validation"], arguments, accelerator)
+    trained = time.perf_counter()
+    known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
+    model.fit_density(known["train"].embeddings, known["train"].labels, known["validation"].embeddings)
+    test = predict(model, data["test"], accelerator)
+    unknown = predict(model, data["unknown"], accelerator) if "unknown" in data else None
+    summary = {
+        "dataset": Path(arguments.dataset_name).name,
+        "epochs": len(history),
+        "seconds": {
+            "encoding": round(encoded - started, 1),
+            "training": round(trained - encoded, 1),
+            "total": round(time.perf_counter() - started, 1),
+        },
+        **summarize(test, unknown, label_names),
+        "history": history,
+    }
+    if accelerator.is_main_process:
+        save(model, processor, summary, Path(arguments.output_dir))
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def save(
+    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor, summary: dict[str, Any], folder: Path
+) -> None:
+    """Write a checkpoint that every loader takes, with its figures in metrics.json."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def main() -> None:
+    arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    datasets.disable_progress_bars() if not sys.stderr.isatty() else None
+    summary = train(arguments)
+    if Accelerator().is_main_process:
+        print(format_summary(summary))
+        print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; written to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
