@@ -22,7 +22,10 @@ class ProtoLeakConfig(PreTrainedConfig):
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-18):
             The encoder, any backbone of transformers, by its configuration with `model_type`. Its `num_channels` is set
-            to `latent_channels`. Pass `{}` for none: the latents themselves are pooled, by statistics.
+            to `latent_channels`.
+        keep_resolution (`bool`, defaults to `False`):
+            Whether the stem of a ResNet, which reduces four times, is replaced by a 3x3 convolution of stride 1, as is
+            usual for inputs as small as latents.
         pooling (`str`, defaults to `"mean"`):
             How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or `"statistics"`, mean,
             log standard deviation, cross-channel correlations and neighbour autocorrelations over the grid.
@@ -59,6 +62,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     sub_configs = {"backbone_config": AutoConfig}
 
     backbone_config: dict | PreTrainedConfig | None = None
+    keep_resolution: bool = False
     pooling: str = "mean"
     embedding_size: int = 128
     latent_channels: int = 4
@@ -85,8 +89,10 @@ class ProtoLeakConfig(PreTrainedConfig):
         self._validate()
         if self.backbone_config is None:
             self.backbone_config = dict(DEFAULT_BACKBONE)
-        if isinstance(self.backbone_config, dict) and self.backbone_config:
+        if isinstance(self.backbone_config, dict):
             self.backbone_config = AutoConfig.for_model(**{**self.backbone_config, "num_channels": self.latent_channels})
+        if self.keep_resolution and self.backbone_config.model_type != "resnet":
+            raise ValueError(f"keep_resolution needs a 'resnet' backbone; got {self.backbone_config.model_type!r}")
         super().__post_init__(**kwargs)
 
     @property
@@ -114,9 +120,6 @@ class ProtoLeakConfig(PreTrainedConfig):
         self._require("alpha", 0 < self.alpha < 1, "a number in (0, 1)")
         self._require("beta_start", 0 < self.beta_start <= self.beta_end, f"a number in (0, beta_end = {self.beta_end}]")
         self._require("beta_end", self.beta_end < 1, "a number below 1")
-        without_backbone = self.backbone_config is not None and not self.backbone_config
-        if without_backbone and self.pooling == "mean":
-            raise ValueError("backbone_config={} pools the latents themselves, which needs pooling='statistics'; got 'mean'")
 
     def _require(self, name: str, holds: bool, allowed: str):
         if not holds:

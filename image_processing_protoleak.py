@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
 
@@ -69,7 +69,8 @@ def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
     elif not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
         raise ValueError(f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}")
     try:
-        return Image.open(source, formats=FORMATS)
+        Image.init()
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in every build
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:

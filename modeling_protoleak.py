@@ -122,6 +122,12 @@ class LeakEncoder(nn.Module):
         super().__init__()
         self.pooling = config.pooling
         self.backbone = AutoBackbone.from_config(config.backbone_config)
+        if config.keep_resolution:
+            stem = self.backbone.embedder
+            stem.embedder.convolution = nn.Conv2d(
+                config.latent_channels, config.backbone_config.embedding_size, kernel_size=3, padding=1, bias=False
+            )
+            stem.pooler = nn.Identity()
         channels = self.backbone.channels[-1]
         if config.pooling == "statistics":
             sizes = [6 * c + c * (c - 1) // 2 for c in (config.latent_channels, channels)]
@@ -298,9 +304,9 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
         make_scheduler(self.config).save_pretrained(folder / "scheduler")
-        for code in sorted(Path(__file__).parent.glob("*_protoleak.py")):
-            if code.resolve() != (folder / code.name).resolve():
-                (folder / code.name).write_bytes(code.read_bytes())
+        for part in ("configuration", "image_processing", "density", "modeling", "pipeline"):
+            code = Path(__file__).with_name(f"{part}_protoleak.py").read_bytes()
+            (folder / f"{part}_protoleak.py").write_bytes(code)
 
 
 AUTO_MAP = {
@@ -333,7 +339,7 @@ def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> n
     if bundled is None:
         source, revision, subfolder = config.vae_name_or_path, config.vae_revision, config.vae_subfolder
     try:
-        return diffusers.AutoModel.from_pretrained(source, subfolder=subfolder, revision=revision, **hub)
+        return diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, revision=revision, **hub)
     except Exception as error:
         raise OSError(
             f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: {error}. "
@@ -484,7 +490,8 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _attention_loss(self, weights: torch.Tensor) -> torch.Tensor:
-        entropy = torch.special.entr(weights.float()).sum(dim=1).mean()
+        weights = weights.float()
+        entropy = -(weights * weights.clamp_min(1e-8).log()).sum(dim=1).mean()  # dropped timesteps weigh 0
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 
     def _class_scores(self, embeddings: torch.Tensor, prototype_logits: torch.Tensor) -> torch.Tensor:

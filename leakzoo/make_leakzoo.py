@@ -434,7 +434,7 @@ def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
     images, generator = to_tensor(zoo.patches["pool"]), zoo.generator(f"denoiser {spec.name}")
     clean = zoo.latents() if spec.decoder else images
     denoiser, scheduler = make_denoiser(spec), spec.make_scheduler()
-    steps, batch = (1500, 32) if spec.decoder else (1500, 8)
+    steps, batch = (1500, 32) if spec.decoder else (1000, 8)
 
     def loss_of_step(step: int) -> torch.Tensor:
         index = torch.randint(len(clean), (batch,), generator=generator)

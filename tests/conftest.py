@@ -1,0 +1,69 @@
+"""Tiny models of the real architectures, with random weights."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+
+LABELS = ["real", "a", "b"]
+
+
+def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """Stable Diffusion 2.1's architecture, small: reduces four times."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+    )
+
+
+def tiny_config(**overrides) -> ProtoLeakConfig:
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    values = {"backbone_config": backbone, "keep_resolution": True, "embedding_size": 16, "num_prototypes": 3}
+    values |= {"id2label": dict(enumerate(LABELS)), "label2id": {name: k for k, name in enumerate(LABELS)}}
+    return ProtoLeakConfig(**values | {"timesteps": [0, 50, 200]} | overrides)
+
+
+def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
+    torch.manual_seed(0)
+    model = ProtoLeakForImageAttribution(tiny_config(**overrides)).eval()
+    model.attach_vae(tiny_vae(model.config.latent_channels))
+    return model
+
+
+def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    size, labels = model.config.embedding_size, np.arange(60) % model.config.num_labels
+    embeddings = rng.normal(size=(60, size)) + labels[:, None]
+    model.fit_density(embeddings, labels, rng.normal(size=(40, size)) + 1)
+
+
+@pytest.fixture
+def model() -> ProtoLeakForImageAttribution:
+    return tiny_model()
+
+
+@pytest.fixture
+def fitted_model() -> ProtoLeakForImageAttribution:
+    model = tiny_model()
+    fit_random_density(model)
+    return model
+
+
+@pytest.fixture
+def processor() -> ProtoLeakImageProcessor:
+    return ProtoLeakImageProcessor(crop_size=32)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """48 x 40 smooth colour noise."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC)

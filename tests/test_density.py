@@ -1,0 +1,202 @@
+import copyreg
+import pickle
+import pickletools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.base import clone
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.neighbors import KernelDensity
+
+from protoleak import GaussianKDE, KnownDensity
+from protoleak.density_protoleak import SCORERS, GMMScorer, KDEScorer, LLRScorer, MahalanobisScorer
+
+
+@pytest.fixture
+def blobs():
+    """300 samples of 3 classes at D = 128, and 50 queries."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    centres = rng.normal(size=(3, 128))
+    return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("block_size", [7, 4096])
+def test_kde_equals_brute_force_scikit_learn(blobs, bandwidth, block_size):
+    samples, _, queries = blobs
+    expected = KernelDensity(bandwidth=bandwidth, leaf_size=len(samples)).fit(samples).score_samples(queries)
+    kde = GaussianKDE(bandwidth, block_size=block_size).fit(samples)
+    np.testing.assert_allclose(kde.score_samples(queries), expected, atol=1e-6, rtol=0)
+    assert kde.score(queries) == pytest.approx(expected.sum(), abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kde_on_a_device_equals_the_cpu(blobs):
+    samples, _, queries = blobs
+    on_cpu, on_gpu = (GaussianKDE(0.5, device=d).fit(samples).score_samples(queries) for d in ("cpu", "cuda"))
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-6, rtol=0)
+
+
+def test_bandwidth_is_that_of_scikit_learns_grid_search(blobs):
+    samples = blobs[0]
+    kde = GaussianKDE(bandwidths=(0.3, 0.6, 0.9, 1.2, 2.0), n_folds=4).fit(samples)
+    grid = [h * kde.samples_.square().mean().sqrt().item() for h in kde.bandwidths]
+    folds = PredefinedSplit(np.arange(len(samples)) % 4)
+    search = GridSearchCV(KernelDensity(leaf_size=len(samples)), {"bandwidth": grid}, cv=folds).fit(samples)
+    assert kde.bandwidth_ == pytest.approx(search.best_params_["bandwidth"])
+
+
+def test_kde_is_a_scikit_learn_estimator(blobs):
+    kde = clone(GaussianKDE(bandwidth=0.7, block_size=64))
+    assert kde.get_params()["bandwidth"] == 0.7
+    assert np.isfinite(kde.fit(blobs[0]).score(blobs[2]))
+
+
+def test_kde_refuses_what_it_cannot_use(blobs):
+    with pytest.raises(ValueError, match="not fitted"):
+        GaussianKDE(1.0).score_samples(blobs[2])
+    with pytest.raises(ValueError, match="128"):
+        GaussianKDE(1.0).fit(blobs[0]).score_samples(blobs[2][:, :5])
+    with pytest.raises(ValueError, match="NaN"):
+        GaussianKDE(1.0).fit(np.array([[np.nan, 1.0]]))
+    with pytest.raises(ValueError, match="bandwidth"):
+        GaussianKDE(-1.0).fit(blobs[0])
+    with pytest.raises(ValueError, match="at least 2"):
+        GaussianKDE().fit(blobs[0][:1])
+
+
+def test_llr_is_linear_discriminant_analysis(blobs):
+    samples, labels, queries = blobs
+    lda = LinearDiscriminantAnalysis(solver="lsqr").fit(samples, labels)
+    scores = LLRScorer(shrinkage=0).fit(samples, labels).score_samples(queries)
+    expected = lda.decision_function(queries)
+    np.testing.assert_allclose(scores - scores.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-6)
+
+
+def test_mahalanobis_is_the_gaussian_exponent(blobs):
+    samples, labels, queries = blobs
+    scaled = (samples - samples.mean(0)) / samples.std(0)
+    query = (queries - samples.mean(0)) / samples.std(0)
+    scores = MahalanobisScorer(shrinkage=0).fit(samples, labels).score_samples(queries)
+    for k in range(3):
+        members = scaled[labels == k]
+        normal = multivariate_normal(members.mean(0), np.diag(members.var(0)))
+        np.testing.assert_allclose(scores[:, k], 2 * (normal.logpdf(query) - normal.logpdf(members.mean(0))), atol=1e-6)
+
+
+def test_gmm_scores_as_scikit_learn(blobs):
+    samples, labels, queries = blobs
+    scores = GMMScorer(n_components=2, seed=3).fit(samples, labels).score_samples(queries)
+    mean, std = samples.mean(0), samples.std(0)
+    for k in range(3):
+        mixture = GaussianMixture(2, covariance_type="diag", reg_covar=1e-2, random_state=3)
+        mixture.fit((samples[labels == k] - mean) / std)
+        np.testing.assert_allclose(scores[:, k], mixture.score_samples((queries - mean) / std), atol=1e-6)
+
+
+def test_class_kde_is_a_kde_a_class(blobs):
+    samples, labels, queries = blobs
+    scores = KDEScorer(bandwidth=0.8).fit(samples, labels).score_samples(queries)
+    for k in range(3):
+        members = samples[labels == k]
+        expected = KernelDensity(bandwidth=0.8, leaf_size=len(members)).fit(members).score_samples(queries)
+        np.testing.assert_allclose(scores[:, k], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_finds_separated_classes(blobs, name):
+    samples, labels, _ = blobs
+    scores = SCORERS[name]().fit(samples[:150], labels[:150]).score_samples(samples[150:])
+    assert (scores.argmax(axis=1) == labels[150:]).mean() > 0.95
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        SCORERS[name]().fit(samples[:4], labels[:4])
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_p_values_keep_their_promise(blobs):
+    """On exchangeable images the share with p <= alpha is at most alpha, averaged over draws of the calibration set."""
+    rng = np.random.default_rng(1)
+    density = KnownDensity()
+    alpha, realised = 0.1, []
+    for _ in range(400):
+        scores = rng.normal(size=60)
+        density.calibration_ = torch.from_numpy(np.sort(scores[:40]))
+        realised.append((density.p_value(scores[40:]) <= alpha).mean())
+    assert abs(np.mean(realised) - 4 / 41) < 0.015  # exactly floor(alpha (m + 1)) / (m + 1), m = 40
+
+
+def test_p_values_rise_with_density():
+    density = KnownDensity()
+    density.calibration_ = torch.tensor([0.0, 1.0, 2.0])
+    assert density.p_value(np.array([-1.0, 0.0, 1.5, 9.0])).tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def density(blobs) -> KnownDensity:
+    samples, labels, queries = blobs
+    density = KnownDensity().fit(samples, labels, queries, ["real", "a", "b"])
+    density.probe_ = torch.zeros(128)
+    return density
+
+
+def test_a_density_survives_saving(density, blobs, tmp_path):
+    density.save(tmp_path / "density.pkl")
+    loaded = KnownDensity.load(tmp_path / "density.pkl")
+    queries = blobs[2]
+    np.testing.assert_allclose(loaded.log_density(queries), density.log_density(queries), atol=1e-9)
+    assert loaded.labels == density.labels
+    for name in SCORERS:
+        expected = density.scorers_[name].score_samples(queries)
+        np.testing.assert_allclose(loaded.scorers_[name].score_samples(queries), expected, atol=1e-9)
+
+
+def test_the_file_needs_no_import(density, tmp_path):
+    density.save(path := tmp_path / "density.pkl")
+    operations = {operation.name for operation, _, _ in pickletools.genops(path.read_bytes())}
+    assert not operations & {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
+    assert not operations & {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+
+
+class _Attack:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_malicious_files_run_nothing(tmp_path):
+    import os
+
+    victim = tmp_path / "victim"
+    path = tmp_path / "density.pkl"
+    for attack in (_Attack(os.mkdir, str(victim)), _Attack(eval, f"__import__('os').mkdir({str(victim)!r})")):
+        for protocol in range(6):
+            path.write_bytes(pickle.dumps({"version": 1, "density": attack}, protocol=protocol))
+            with pytest.raises(ValueError, match="refused"):
+                KnownDensity.load(path)
+            assert not victim.exists()
+    copyreg.add_extension("os", "mkdir", 240)
+    try:
+        path.write_bytes(pickle.dumps(os.mkdir, protocol=2))
+        with pytest.raises(ValueError, match="refused"):
+            KnownDensity.load(path)
+    finally:
+        copyreg.remove_extension("os", "mkdir", 240)
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"version": 99, "density": {}})])
+def test_damaged_files_are_named(content, tmp_path):
+    (tmp_path / "density.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"density\.pkl was refused"):
+        KnownDensity.load(tmp_path / "density.pkl")

@@ -1,0 +1,122 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protoleak import ProtoLeakImageProcessor
+from protoleak.image_processing_protoleak import find_images, open_image
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **{"format": "PNG"} | options)
+    return buffer.getvalue()
+
+
+def test_every_way_to_pass_an_image_gives_the_same_pixels(photo, processor, tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(content := encoded(photo))
+    array = np.asarray(photo)
+    text = base64.b64encode(content).decode()
+    sources = [photo, path, str(path), content, io.BytesIO(content), array, array.transpose(2, 0, 1)]
+    sources += [torch.from_numpy(array.copy()), text, f"data:image/png;base64,{text}"]
+    expected = processor(photo)["pixel_values"]
+    for source in sources:
+        assert torch.equal(processor(source)["pixel_values"], expected), type(source)
+    assert processor(sources)["pixel_values"].shape == (len(sources), 3, 32, 32)
+
+
+def test_pixel_values_are_the_pixels_from_minus_one_to_one():
+    array = np.zeros((8, 8, 3), np.uint8)
+    array[..., 0], array[0, 0, 1] = 255, 51
+    pixels = ProtoLeakImageProcessor(crop_size=8)(array)["pixel_values"][0]
+    assert pixels.dtype == torch.float32
+    assert torch.all(pixels[0] == 1)
+    assert pixels[1, 0, 0] == pytest.approx(51 / 127.5 - 1)
+
+
+def test_modes_look_as_a_viewer_shows_them():
+    grey = Image.fromarray(np.full((4, 4), 100, np.uint8))
+    wide = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([5, 6, 7] * 256)
+    cases = {
+        (100, 100, 100): [grey, wide, grey.convert("RGB"), grey.convert("LA")],
+        (255, 255, 255): [clear],
+        (5, 6, 7): [palette],
+    }
+    for colour, images in cases.items():
+        for image in images:
+            assert open_image(image).getpixel((0, 0)) == colour, image.mode
+            if image.mode != "I;16":
+                assert open_image(encoded(image)).getpixel((0, 0)) == colour, image.mode
+    cmyk = Image.new("RGB", (8, 8), (200, 40, 40)).convert("CMYK")
+    assert np.abs(np.array(open_image(encoded(cmyk, format="JPEG")).getpixel((3, 3))) - (200, 40, 40)).max() < 6
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (4, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert open_image(encoded(image, format="JPEG", exif=exif)).size == (2, 4)
+
+
+def test_native_crops_are_pixels_of_the_image(photo):
+    array = np.asarray(photo)
+    centre = ProtoLeakImageProcessor(crop_size=16, do_resize=False).pixel_values(photo)
+    assert np.array_equal(np.round((centre + 1) * 127.5).astype(np.uint8), array[12:28, 16:32].transpose(2, 0, 1))
+    crops = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=4).pixel_values(photo)
+    assert crops.shape == (4, 3, 16, 16)
+    corners = [array[:16, :16], array[:16, -16:], array[-16:, :16], array[-16:, -16:]]
+    for crop, corner in zip(crops, corners, strict=True):
+        assert np.array_equal(np.round((crop + 1) * 127.5).astype(np.uint8), corner.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (40, 2)])
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_small_images_fill_the_crop(size, do_resize):
+    pixels = ProtoLeakImageProcessor(crop_size=32, do_resize=do_resize)(Image.new("RGB", size, "red"))["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)
+    assert torch.equal(pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_bad_input_is_named(tmp_path, photo, processor):
+    (tmp_path / "page.png").write_text("<html></html>")
+    (tmp_path / "cut.png").write_bytes(encoded(photo)[:200])
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("page.png", "cut.png", "empty.png", "missing.png"):
+        with pytest.raises(OSError, match=name):
+            processor(tmp_path / name)
+    with pytest.raises(ValueError, match="max_pixels = 100"):
+        ProtoLeakImageProcessor(max_pixels=100)(photo)
+    with pytest.raises(ValueError, match="shape"):
+        processor(np.zeros((2, 2, 7)))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        processor(np.full((4, 4, 3), 7.5))
+    with pytest.raises(ValueError, match="empty"):
+        processor([])
+    with pytest.raises(ValueError, match="NoneType"):
+        processor(None)
+    with pytest.raises(ValueError, match="crop_size"):
+        ProtoLeakImageProcessor(crop_size=0)
+
+
+def test_find_images_searches_folders(tmp_path, photo):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/b/2.JPG", "a/1.png", "a/notes.txt"):
+        (tmp_path / name).write_bytes(encoded(photo))
+    assert find_images([tmp_path, tmp_path / "missing"]) == [
+        tmp_path / "a/1.png",
+        tmp_path / "a/b/2.JPG",
+        tmp_path / "missing",
+    ]
+
+
+def test_a_processor_survives_saving(tmp_path):
+    processor = ProtoLeakImageProcessor(crop_size=40, do_resize=False, num_crops=3)
+    processor.save_pretrained(tmp_path)
+    assert ProtoLeakImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()

@@ -1,0 +1,340 @@
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
+
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
+from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics
+
+from .conftest import fit_random_density, tiny_config, tiny_model, tiny_vae
+
+
+def latents(count: int = 3, channels: int = 4, size: int = 8, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# --- forward diffusion -----------------------------------------------------------------------------------------------
+
+
+def test_forward_diffusion_is_the_schedulers():
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    clean, times = latents(5), torch.tensor([0, 100, 999])
+    noise = torch.randn(3, 4, 8, 8)
+    noisy = forward_diffusion(clean, noise, scheduler.alphas_cumprod[times])
+    for t, time in enumerate(times):
+        expected = scheduler.add_noise(clean, noise[t].expand_as(clean), time.expand(5))
+        torch.testing.assert_close(noisy[:, t], expected)
+
+
+def test_the_schedule_is_stable_diffusions(model):
+    assert float(tiny_model(timesteps=[999]).protoleak.alphas_cumprod().sqrt()) == pytest.approx(0.0683, abs=1e-4)
+
+
+def test_sigma_normalization_divides_by_sigma():
+    clean, noise, abar = latents(2), torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.2])
+    plain, normal = (forward_diffusion(clean, noise, abar, flag) for flag in (False, True))
+    torch.testing.assert_close(normal, plain / (1 - abar).sqrt().view(1, 2, 1, 1, 1))
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+def test_grid_statistics_are_numpys():
+    features = latents(2, 3, 6)
+    described = grid_statistics(features)
+    for row, image in zip(described, features.numpy(), strict=True):
+        flat = image.reshape(3, -1)
+        unit = (image - flat.mean(1)[:, None, None]) / flat.std(1)[:, None, None]
+        right = (unit[:, :, 1:] * unit[:, :, :-1]).mean((1, 2))
+        below = (unit[:, 1:] * unit[:, :-1]).mean((1, 2))
+        moments = [flat.mean(1), np.log(flat.std(1)), (unit**3).mean((1, 2)), np.log((unit**4).mean((1, 2)))]
+        expected = np.concatenate([*moments, right, below, np.corrcoef(flat)[np.triu_indices(3, 1)]])
+        np.testing.assert_allclose(row, expected, atol=1e-4)
+
+
+def test_prototype_scores_are_the_formula():
+    head = PrototypeHead(tiny_config())
+    torch.nn.init.normal_(head.prototypes)
+    embeddings, gates = torch.randn(5, 16), torch.rand(5, 16)
+    distances = (gates[:, None, None] * (embeddings[:, None, None] - head.prototypes).square()).sum(-1)  # (B, K, M)
+    torch.testing.assert_close(head.distances(embeddings, gates), distances, atol=1e-4, rtol=1e-4)
+    tau = head.temperature
+    assert 0.5 < tau.item() < 5
+    expected = tau * torch.logsumexp(-distances / tau, dim=2)
+    torch.testing.assert_close(head(embeddings, gates), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_have_their_shapes_and_ranges(fitted_model):
+    output = fitted_model(latents=latents(), labels=torch.tensor([0, 1, 2]), output_noisy_latents=True)
+    assert output.loss.ndim == 0
+    assert output.logits.shape == (3, 3)
+    assert output.embeddings.shape == output.gates.shape == (3, 16)
+    assert output.noisy_latents.shape == (3, 3, 4, 8, 8)
+    assert torch.all((output.gates > 0) & (output.gates < 1))
+    torch.testing.assert_close(output.temporal_weights.sum(dim=1), torch.ones(3))
+    assert torch.all((output.p_values > 0) & (output.p_values <= 1))
+    as_tuple = fitted_model(latents=latents(), return_dict=False)
+    assert torch.equal(as_tuple[0], output.logits)
+
+
+def test_attention_loss_is_zero_for_even_and_log_t_for_one_timestep(model):
+    even, one = torch.full((2, 3), 1 / 3), torch.eye(3)
+    assert float(model._attention_loss(even)) == pytest.approx(0, abs=1e-6)
+    assert float(model._attention_loss(one)) == pytest.approx(0.1 * np.log(3))
+
+
+def test_time_dropout_drops_whole_timesteps_but_never_all():
+    attention = tiny_model(time_dropout=0.9).protoleak.attention.train()
+    weights = attention(torch.randn(200, 3, 16))
+    assert (weights == 0).any()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(200))
+
+
+def test_several_crops_average_their_embeddings(model):
+    views = latents(6).view(2, 3, 4, 8, 8)
+    together = model(latents=views)
+    alone = model(latents=views.flatten(0, 1)).embeddings.view(2, 3, -1)
+    torch.testing.assert_close(together.embeddings, alone.mean(dim=1))
+    assert model(pixel_values=torch.zeros(2, 3, 3, 32, 32), output_noisy_latents=True).noisy_latents.shape == (
+        2, 3, 3, 4, 8, 8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        {"model_type": "convnext", "patch_size": 1, "num_stages": 1, "hidden_sizes": [8], "depths": [1]},
+    ],
+)
+@pytest.mark.parametrize("pooling", ["mean", "statistics"])
+def test_any_backbone_with_either_pooling(backbone, pooling):
+    model = tiny_model(backbone_config=backbone, keep_resolution=False, pooling=pooling)
+    assert model(latents=latents(2, size=32)).embeddings.shape == (2, 16)
+
+
+def test_wrong_input_is_named(model):
+    with pytest.raises(ValueError, match="either pixel_values or latents"):
+        model()
+    with pytest.raises(ValueError, match="either pixel_values or latents"):
+        model(pixel_values=torch.zeros(1, 3, 32, 32), latents=latents())
+    with pytest.raises(ValueError, match="latent_channels = 16"):
+        model.attach_vae(tiny_vae(16))
+    with pytest.raises(ValueError, match="attach_vae"):
+        ProtoLeakModel(tiny_config())(torch.zeros(1, 3, 32, 32))
+
+
+# --- the VAE ---------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_the_scaled_and_shifted_mode(model):
+    vae = tiny_vae()
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    model.attach_vae(vae)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    expected = (vae.encode(pixels).latent_dist.mode() - 0.25) * 0.5
+    torch.testing.assert_close(model.protoleak.encode(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    "vae",
+    [
+        lambda: AutoencoderTiny(
+            latent_channels=4, encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3,
+            num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3,
+        ),
+        lambda: AutoencoderDC(
+            latent_channels=4, encoder_block_types=("ResBlock",) * 3, decoder_block_types=("ResBlock",) * 3,
+            encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, encoder_layers_per_block=(1,) * 3,
+            decoder_layers_per_block=(1,) * 3, encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3,
+        ),
+    ],
+)  # fmt: skip
+def test_other_autoencoders_give_latents(model, vae):
+    model.attach_vae(vae())
+    assert model.protoleak.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 8, 8)
+
+
+def test_the_vae_is_frozen_and_held_once(model):
+    model.train()
+    assert not model.vae.training
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    assert model.vae is model.protoleak.vae
+    assert sum(module is model.vae for module in model.modules()) == 1
+
+
+# --- same image, same score ------------------------------------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_the_batch(fitted_model):
+    pixels = torch.rand(9, 3, 32, 32) * 2 - 1
+    together = fitted_model(pixels)
+    for place in range(9):
+        rolled = fitted_model(pixels.roll(place, dims=0))
+        alone = fitted_model(pixels[place : place + 1])
+        for name in ("logits", "embeddings", "log_density", "p_values"):
+            expected = together[name][place]
+            torch.testing.assert_close(alone[name][0], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(rolled[name].roll(-place, dims=0)[place], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_is_deterministic_and_fixed_by_the_noise_seed(model):
+    first = model(latents=latents()).embeddings
+    torch.manual_seed(123)
+    assert torch.equal(model(latents=latents()).embeddings, first)
+    assert not torch.equal(tiny_model(noise_seed=1)(latents=latents()).embeddings, first)
+    model.train()
+    assert not torch.equal(model(latents=latents()).embeddings, model(latents=latents()).embeddings)
+
+
+SCORE = """
+import sys, torch
+from protoleak import ProtoLeakForImageAttribution
+model = ProtoLeakForImageAttribution.from_pretrained(sys.argv[1])
+pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+output = model(pixels)
+print(*output.logits.flatten().tolist(), *output.log_density.tolist())
+"""
+
+
+def test_scores_are_equal_in_fresh_processes(fitted_model, tmp_path):
+    fitted_model.save_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = fitted_model(pixels)
+    expected = [*output.logits.flatten().tolist(), *output.log_density.tolist()]
+    for threads in ("1", "2"):
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        run = subprocess.run(
+            [sys.executable, "-c", SCORE, tmp_path], env=environment, capture_output=True, text=True, check=True
+        )
+        np.testing.assert_allclose([float(x) for x in run.stdout.split()], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_known_and_unknown_images_take_one_path(fitted_model):
+    """The score of an image can't depend on whether it is thought known: forward has no such argument, and what it
+    returns for an image is the same beside known and beside unknown ones."""
+    image, known, unknown = latents(1, seed=1), latents(4, seed=2), latents(4, seed=3) * 5
+    beside_known = fitted_model(latents=torch.cat([image, known]))
+    beside_unknown = fitted_model(latents=torch.cat([image, unknown]))
+    for name in ("embeddings", "gates", "logits", "log_density"):
+        torch.testing.assert_close(beside_known[name][0], beside_unknown[name][0], atol=1e-5, rtol=1e-5)
+    scores = fitted_model.density.log_density(beside_known.embeddings)
+    torch.testing.assert_close(beside_known.log_density, torch.from_numpy(scores))
+
+
+def test_bfloat16_autocast_keeps_the_head_in_float32(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(latents=latents())
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits, model(latents=latents()).logits, atol=0.3, rtol=0.1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_is_trained_and_survives_a_reload(model, tmp_path):
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(5):
+        model(latents=latents(12, seed=step), labels=torch.arange(12) % 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "protoleak.attention.query" in trained
+    for name in trained:
+        assert not torch.equal(model.state_dict()[name], before[name]), f"{name} did not move"
+    for name in set(before) - trained:
+        if "_vae." in name:
+            assert torch.equal(model.state_dict()[name], before[name]), f"{name} of the frozen VAE moved"
+    model.save_pretrained(tmp_path)
+    reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], value), f"{name} did not survive"
+
+
+def test_the_loss_falls():
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    images, labels = latents(30), torch.arange(30) % 3
+    images = images + labels.view(-1, 1, 1, 1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = model(latents=images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gives_the_same_scores(fitted_model, tmp_path):
+    fitted_model.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").stat().st_size
+    assert weights < 4 * 1.05 * sum(p.numel() for p in fitted_model.parameters() if p.requires_grad) + 20_000
+    assert (tmp_path / "vae" / "config.json").exists()
+    reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected, found = fitted_model(pixels), reloaded(pixels)
+    for name in ("logits", "embeddings", "log_density", "p_values"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ProtoLeakModel.from_pretrained(tmp_path)(pixels).embeddings, expected.embeddings)
+    own = tiny_vae()
+    assert ProtoLeakForImageAttribution.from_pretrained(tmp_path, vae=own).vae is own
+
+
+@pytest.mark.parametrize("scorer", ["mahalanobis", "gmm", "kde", "llr"])
+def test_the_scorer_is_saved_with_the_checkpoint(fitted_model, scorer, tmp_path):
+    fitted_model.config.scorer = scorer
+    fitted_model.save_pretrained(tmp_path)
+    reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+    output = reloaded(latents=latents())
+    expected = fitted_model.density.scorers_[scorer].score_samples(output.embeddings.detach())
+    np.testing.assert_allclose(output.logits.detach(), expected, rtol=1e-4)
+    reloaded.density = None
+    with pytest.raises(ValueError, match=scorer):
+        reloaded(latents=latents())
+
+
+def test_a_density_of_other_weights_is_refused_and_not_saved(fitted_model, tmp_path, caplog):
+    fitted_model.save_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        fitted_model.protoleak.encoder.projection.weight += 0.1
+    fitted_model.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "density.pkl").exists()
+    (tmp_path / "second" / "density.pkl").write_bytes((tmp_path / "first" / "density.pkl").read_bytes())
+    with pytest.raises(ValueError, match="other weights"):
+        ProtoLeakForImageAttribution.from_pretrained(tmp_path / "second")
+
+
+def test_a_density_of_other_labels_or_size_is_refused(fitted_model):
+    density = fitted_model.density
+    other = tiny_model(embedding_size=8)
+    with pytest.raises(ValueError, match="size 16.*embedding_size is 8"):
+        other.check_density(density)
+    names = {0: "x", 1: "y", 2: "z"}
+    with pytest.raises(ValueError, match="'real', 'a', 'b'.*'x', 'y', 'z'"):
+        tiny_model(id2label=names, label2id={v: k for k, v in names.items()}).check_density(density)
+
+
+def test_a_missing_vae_is_explained(model, tmp_path):
+    model.config.vae_name_or_path = str(tmp_path / "nowhere")
+    model.save_pretrained(tmp_path)
+    for file in (tmp_path / "vae").iterdir():
+        file.unlink()
+    with pytest.raises(OSError, match=r"(?s)nowhere.*vae=AutoencoderKL"):
+        ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+
+
+def test_a_random_density_answers_finite_numbers(fitted_model):
+    fit_random_density(fitted_model, seed=3)
+    assert torch.isfinite(fitted_model(latents=latents() * 100).log_density).all()

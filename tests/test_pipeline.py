@@ -1,0 +1,150 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from protoleak import ImageAttributionPipeline
+from protoleak.cli_protoleak import main
+from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
+
+from .conftest import LABELS
+
+RUN_FIELDS = ("file", "sha256", "width", "height", "model", "revision", "noise_seed", "timesteps", "error")
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path):
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Nine images and one that is none."""
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("deeper" if i % 2 else ".") / f"{i}.png")
+    (folder / "bad.png").write_text("not an image")
+    return folder
+
+
+def test_a_record_says_what_the_numbers_say():
+    probabilities = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    known = attribution_record(probabilities, LABELS, log_density=-3.0, p_value=0.4, alpha=0.05)
+    assert tuple(known) == RECORD_FIELDS
+    assert (known["label"], known["score"], known["is_unknown"]) == ("a", pytest.approx(0.7), False)
+    assert [a["label"] for a in known["attributions"]] == ["a", "real", "b"]
+    unknown = attribution_record(probabilities, LABELS, log_density=-9.0, p_value=0.05, alpha=0.05)
+    assert (unknown["label"], unknown["score"], unknown["is_unknown"]) == ("unknown", pytest.approx(0.95), True)
+    assert unknown["attributions"] == known["attributions"]
+    assert attribution_record(probabilities, LABELS, None, None, 0.05)["is_unknown"] is False
+
+
+def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    record = attribute(photo)
+    output = fitted_model(**processor(photo))
+    assert record["log_density"] == pytest.approx(float(output.log_density))
+    assert record["p_value"] == float(output.p_values)
+    probabilities = dict(zip(LABELS, output.logits[0].softmax(0).tolist(), strict=True))
+    for attribution in record["attributions"]:
+        assert attribution["score"] == pytest.approx(probabilities[attribution["label"]])
+    assert sum(a["score"] for a in record["attributions"]) == pytest.approx(1)
+    json.dumps(record)
+
+
+def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(9)]
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    alone = [attribute(image) for image in images]
+    for batch_size in (2, 9):
+        for found, expected in zip(attribute(images, batch_size=batch_size), alone, strict=True):
+            assert found["log_density"] == pytest.approx(expected["log_density"], abs=1e-5)
+            for a, b in zip(found["attributions"], expected["attributions"], strict=True):
+                assert a["label"] == b["label"]
+                assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+    assert attribute([]) == []
+
+
+def test_alpha_moves_the_verdict(fitted_model, processor, photo):
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    p_value = attribute(photo)["p_value"]
+    assert attribute(photo, alpha=min(p_value + 1e-6, 1 - 1e-6))["is_unknown"]
+    assert not attribute(photo, alpha=p_value - 1e-6)["is_unknown"]
+    with pytest.raises(ValueError, match="alpha"):
+        attribute(photo, alpha=2)
+    with pytest.raises(ValueError, match="top_k"):
+        attribute(photo, top_k=2)
+
+
+SNIPPET = """
+import json, sys
+from transformers import pipeline
+print(json.dumps(pipeline("image-attribution", model=sys.argv[1], trust_remote_code=True)(sys.argv[2])))
+"""
+
+
+def test_transformers_loads_it_from_a_folder_without_the_package(checkpoint, images, tmp_path):
+    """In a fresh process, offline, and from a directory where `protoleak` is reached only through the checkpoint."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    image = images / "0.png"
+    run = subprocess.run(
+        [sys.executable, "-c", SNIPPET, checkpoint, image], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    expected = pipeline("image-attribution", model=str(checkpoint), trust_remote_code=True)(str(image))
+    assert found["label"] == expected["label"]
+    assert found["log_density"] == pytest.approx(expected["log_density"], abs=1e-5)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_attribute_writes_a_record_a_file_and_goes_on_after_a_bad_one(checkpoint, images, tmp_path, capsys):
+    output = tmp_path / "records.jsonl"
+    status = main(["attribute", str(images), "--model", str(checkpoint), "--output", str(output), "--batch_size", "4"])
+    assert status == 1
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [os.path.relpath(r["file"], images) for r in records] == sorted(
+        ["0.png", "2.png", "4.png", "6.png", "8.png", "bad.png", *(f"deeper/{i}.png" for i in (1, 3, 5, 7))]
+    )
+    for record in records:
+        assert set(record) == {*RECORD_FIELDS, *RUN_FIELDS}
+        assert record["timesteps"] == [0, 50, 200]
+        if record["file"].endswith("bad.png"):
+            assert "bad.png" in record["error"]
+            assert record["label"] is None
+        else:
+            assert record["error"] is None
+            assert (record["width"], record["height"]) == (48, 40)
+            assert len(record["sha256"]) == 64
+    assert "1 of 10 files" in capsys.readouterr().err
+
+
+def test_attribute_prints_a_table(checkpoint, images, capsys):
+    assert main(["attribute", str(images / "0.png"), str(images / "2.png"), "--model", str(checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0.png", "2.png"]
+    assert all("p(known)" in line for line in lines)
+
+
+def test_attribute_explains_what_is_missing(checkpoint, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["attribute", str(tmp_path / "empty"), "--model", str(checkpoint)]) == 1
+    assert "no images found" in capsys.readouterr().err
+    assert main(["attribute", str(tmp_path / "nowhere.png"), "--model", str(checkpoint)]) == 1
+    assert "nowhere.png" in capsys.readouterr().out
+    assert main(["attribute", str(tmp_path), "--model", str(tmp_path / "empty")]) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err

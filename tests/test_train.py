@@ -1,0 +1,188 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from PIL import Image
+
+from protoleak import ProtoLeakForImageAttribution
+from protoleak.evaluation_protoleak import predict
+from protoleak.train import TrainingArguments, content_key, encode_split, load_splits, train
+
+from .conftest import tiny_config, tiny_model, tiny_vae
+
+
+def draw(generator: str, rng: np.random.Generator) -> Image.Image:
+    """Noise whose texture tells the generator."""
+    noise = rng.normal(128, 40, (40, 40, 3))
+    if generator == "a":
+        noise = noise.repeat(2, axis=0)[:40]
+    if generator == "b":
+        noise = noise.repeat(2, axis=1)[:, :40]
+    if generator == "c":
+        noise = noise.mean(axis=(0, 1), keepdims=True) + np.zeros((40, 40, 3))
+    return Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An imagefolder with splits and an unknown generator."""
+    rng = np.random.default_rng(0)
+    sizes = {"train": 16, "validation": 8, "test": 8, "unknown": 8}
+    for split, size in sizes.items():
+        for generator in ("c",) if split == "unknown" else ("real", "a", "b"):
+            target = tmp_path / "data" / split / generator
+            target.mkdir(parents=True)
+            for i in range(size):
+                draw(generator, rng).save(target / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def recipe(tmp_path, processor):
+    """Where a new model's config, processor and VAE come from."""
+    tiny_config(pooling="statistics").save_pretrained(tmp_path / "recipe")
+    processor.save_pretrained(tmp_path / "recipe")
+    tiny_vae().save_pretrained(tmp_path / "recipe" / "vae")
+    return tmp_path / "recipe"
+
+
+@pytest.fixture(autouse=True)
+def _cache_in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def arguments(tmp_path, folder, recipe, **changes) -> TrainingArguments:
+    values = {"dataset_name": str(folder), "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
+    return TrainingArguments(**values | {"num_train_epochs": 12, "batch_size": 16, "learning_rate": 1e-2} | changes)
+
+
+def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
+    summary = train(arguments(tmp_path, folder, recipe))
+    figures = summary["figures"]
+    assert figures["macro_auc"] > 0.9
+    assert set(figures) >= {"accuracy", "real_auroc", "auroc", "fpr95", "eer", "oscr", "per_class_auc"}
+    assert list(figures["per_class_auc"]) == ["real", "a", "b"]
+    for name, (low, high) in summary["intervals"].items():
+        assert low <= figures[name] <= high, name
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["figures"] == figures
+    model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
+    assert model.density.labels == ["real", "a", "b"]
+    # the figures are those of the checkpoint that was written
+    splits = load_splits(str(folder))
+    processor = __import__("protoleak").ProtoLeakImageProcessor.from_pretrained(tmp_path / "run")
+    test = encode_split(splits["test"], ["real", "a", "b"], model, processor, Accelerator())
+    predictions = predict(model, test, Accelerator())
+    assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(figures["accuracy"])
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
+    short = {"num_train_epochs": 2}
+    first = train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "one"), **short))
+    second = train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "two"), **short))
+    assert first["history"] == second["history"]
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, folder, recipe):
+    train(arguments(tmp_path, folder, recipe, num_train_epochs=2))
+    for split in ("train", "validation", "test"):
+        (folder / split / "b").rename(folder / split / "newer")
+        (folder / split / "a").rename(folder / split / "new")
+    tuned = arguments(
+        tmp_path, folder, recipe, model_name_or_path=str(tmp_path / "run"), output_dir=str(tmp_path / "tuned"),
+        num_train_epochs=2,
+    )  # fmt: skip
+    train(tuned)
+    model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "tuned")
+    assert model.density.labels == list(model.config.label2id) == ["real", "new", "newer"]
+
+
+def test_latents_are_cached_by_content_processor_and_vae(folder, processor, monkeypatch):
+    model = tiny_model()
+    rows = load_splits(str(folder))["train"]
+    accelerator = Accelerator()
+    labels = ["real", "a", "b"]
+    first = encode_split(rows, labels, model, processor, accelerator).tensors[0]
+    direct = model.protoleak.encode(processor([rows[5]["image"]["path"]])["pixel_values"])
+    torch.testing.assert_close(first[5:6], direct, atol=1e-5, rtol=1e-5)
+    key = content_key(rows, model, processor)
+    monkeypatch.setattr(model.protoleak, "encode", None)  # encoding again would fail
+    assert torch.equal(encode_split(rows, labels, model, processor, accelerator).tensors[0], first)
+    monkeypatch.undo()
+    other = type(processor)(crop_size=40)
+    assert content_key(rows, model, other) != key
+    with torch.no_grad():
+        next(model.vae.parameters()).add_(1)
+    assert content_key(rows, model, processor) != key
+    model = tiny_model()
+    assert content_key(rows, model, processor) == key
+    draw("c", np.random.default_rng(5)).save(rows[0]["image"]["path"])
+    assert content_key(rows, model, processor) != key
+
+
+def test_splits_are_cut_where_there_are_none(tmp_path):
+    rng = np.random.default_rng(0)
+    for generator in ("real", "a"):
+        for step in ("step1", "step2"):
+            for root in ("Closed_Set", "Open_Set"):
+                target = tmp_path / "wild" / root / (generator if root == "Closed_Set" else "c") / step
+                target.mkdir(parents=True, exist_ok=True)
+                for i in range(10):
+                    draw(generator, rng).save(target / f"{generator}{i}.webp")
+    splits = load_splits(str(tmp_path / "wild"))
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 20, "validation": 8, "test": 12, "unknown": 40,
+    }  # fmt: skip
+    assert set(splits["train"]["label"]) == {"real", "a"}
+    assert set(splits["unknown"]["label"]) == {"c"}
+    files = [row["path"] for split in ("train", "validation", "test") for row in splits[split]["image"]]
+    assert len(set(files)) == 40
+
+
+def test_groups_are_not_split(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    lines = ["file_name,label,group"]
+    for i in range(40):
+        draw("real", rng).save(tmp_path / f"data/{i}.png")
+        lines.append(f"{i}.png,{'ab'[i % 2]},p{i // 4}")
+    (tmp_path / "data/metadata.csv").write_text("\n".join(lines))
+    splits = load_splits(str(tmp_path / "data"))
+    groups = [set(splits[split]["group"]) for split in ("train", "validation", "test")]
+    assert sum(map(len, groups)) == 10
+    assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+
+
+def test_bad_data_is_named(tmp_path, folder, recipe):
+    (folder / "train/a/0.png").write_text("broken")
+    with pytest.raises(OSError, match=r"train/a/0\.png"):
+        train(arguments(tmp_path, folder, recipe))
+    (tmp_path / "wild/Closed_Set").mkdir(parents=True)
+    with pytest.raises(ValueError, match="Closed_Set"):
+        load_splits(str(tmp_path / "wild"))
+
+
+def test_leakzoo_is_what_its_card_says():
+    from . import ROOT
+
+    zoo = load_dataset(str(ROOT / "leakzoo"))
+    labels = zoo["train"].features["label"]
+    known = set(labels.int2str(zoo["train"]["label"][:]))
+    unknown = set(labels.int2str(zoo["unknown"]["label"][:]))
+    assert len(known) >= 7
+    assert len(unknown) >= 3
+    assert "real" in known
+    assert not known & unknown
+    photos = [set(zoo[split]["photo"]) for split in ("train", "validation", "test")]
+    assert not (photos[0] & photos[1] | photos[0] & photos[2] | photos[1] & photos[2])
+    sizes = {"train": 150, "validation": 50, "test": 80, "unknown": 80}
+    for split, size in sizes.items():
+        counts = np.bincount(zoo[split]["label"])
+        assert set(counts[counts > 0]) == {size}
+        assert {image.size for image in zoo[split]["image"][::50]} == {(64, 64)}
+        assert {(image.format, image.mode) for image in zoo[split]["image"][::50]} == {("PNG", "RGB")}
+    assert sum(path.stat().st_size for path in (ROOT / "leakzoo").glob("*.parquet")) <= 16e6
