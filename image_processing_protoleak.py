@@ -2,9 +2,11 @@
 
 import base64
 import binascii
+import http.client
 import io
 import math
 import os
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,10 @@ def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
     if isinstance(source, bytes | bytearray):
         source = io.BytesIO(source)
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        import httpx  # a dependency of huggingface_hub
-
         try:
-            source = io.BytesIO(httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status().content)
-        except httpx.HTTPError as error:
+            with urllib.request.urlopen(source, timeout=timeout) as response:
+                source = io.BytesIO(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise OSError(f"{name} can't be fetched: {error}") from error
     elif isinstance(source, str) and source.startswith("data:"):
         source = _from_base64(source.partition(",")[2], name)

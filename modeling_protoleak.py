@@ -94,6 +94,7 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     """
     Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness and log
     kurtosis of each channel, correlations between channels, and of each channel with its right and lower neighbour.
+    Variances have 1e-4 added, so that a constant channel gives finite values and gradients.
 
     Args:
         features: (N, C, H, W).
@@ -103,14 +104,14 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     """
     flat = features.float().flatten(2)  # (N, C, HW)
     mean = flat.mean(dim=2, keepdim=True)
-    std = (flat - mean).square().mean(dim=2, keepdim=True).add(1e-8).sqrt()
+    std = (flat - mean).square().mean(dim=2, keepdim=True).add(1e-4).sqrt()
     unit = (flat - mean) / std
     correlation = unit @ unit.transpose(1, 2) / unit.shape[2]  # (N, C, C)
     rows, columns = torch.triu_indices(unit.shape[1], unit.shape[1], offset=1, device=unit.device)
     grid = unit.view_as(features)
     right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
     below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
-    skewness, log_kurtosis = unit.pow(3).mean(dim=2), unit.pow(4).mean(dim=2).add(1e-8).log()
+    skewness, log_kurtosis = unit.pow(3).mean(dim=2), unit.pow(4).mean(dim=2).add(1e-4).log()
     moments = [mean.squeeze(2), std.squeeze(2).log(), skewness, log_kurtosis]
     return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
 
@@ -278,13 +279,19 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: no VAE can be loaded; the message tells which was looked for and how to pass another.
-            ValueError: the density doesn't belong to these weights, or is not safe to read.
+            ValueError: the density doesn't belong to these weights, or is not safe to read. With
+                `ignore_mismatched_sizes=True`, as for a new head, it is left out with a warning.
         """
         result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "token", "revision", "local_files_only") if k in kwargs}
         model.attach_vae(vae if vae is not None else load_vae(pretrained_model_name_or_path, model.config, **hub))
-        model._load_density(pretrained_model_name_or_path, hub)
+        try:
+            model._load_density(pretrained_model_name_or_path, hub)
+        except ValueError as error:
+            if not kwargs.get("ignore_mismatched_sizes"):
+                raise
+            logger.warning("%s is left out: %s", DENSITY_FILE, error)  # a new head was asked for
         return result
 
     def _load_density(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:

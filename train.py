@@ -83,6 +83,10 @@ def load_splits(name: str, seed: int = 0) -> DatasetDict:
         splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
         if (Path(name) / "Open_Set").is_dir():
             splits["unknown"] = _class_folders(Path(name) / "Open_Set")
+    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
+        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
+        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
+        splits = load_dataset("imagefolder", data_files=folders)
     else:
         splits = load_dataset(name)
     if "train" not in splits:

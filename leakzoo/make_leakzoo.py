@@ -147,29 +147,22 @@ class Generator:
         return self.scheduler(**self.schedule)
 
 
-STABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+STABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction")
+COSINE = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-ZERO_SNR = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
-COSINE = dict(beta_schedule="squaredcos_cap_v2")
+ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
 GENERATORS = (
-    Generator("ldm", "scaled-linear betas, noise prediction, DDIM 50, decoder A", schedule=STABLE | DDIM),
-    Generator(
-        "ldm_decoder_b", "the latents of a model like ldm, decoder B", denoiser="ldm", decoder="b", schedule=STABLE | DDIM
-    ),
+    Generator("ldm", "scaled-linear betas, v-prediction, DDIM 50, decoder A", schedule=STABLE | DDIM),
+    Generator("ldm_decoder_b", "as ldm, decoder B", denoiser="ldm", decoder="b", schedule=STABLE | DDIM),
     Generator("ldm_cosine", "as ldm, cosine betas", schedule=COSINE | DDIM),
     Generator("ldm_offset_noise", "as ldm, offset noise 0.1", schedule=STABLE | DDIM, offset_noise=0.1),
-    Generator(
-        "ldm_zero_snr", "as ldm, zero terminal SNR, v-prediction, trailing steps", schedule=STABLE | DDIM | ZERO_SNR
-    ),
+    Generator("ldm_zero_snr", "as ldm, zero terminal SNR, trailing steps", schedule=STABLE | DDIM | ZERO_SNR),
     Generator(
         "flow_matching",
         "rectified flow, logit-normal times, Euler 50, decoder A",
         scheduler=FlowMatchEulerDiscreteScheduler,
-        schedule=dict(num_train_timesteps=1000),
     ),
-    Generator(
-        "ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", schedule=STABLE | DDIM
-    ),
+    Generator("ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", schedule=STABLE | DDIM),
     Generator(
         "ldm_ancestral",
         "as ldm, sampled by Euler ancestral, 20 steps",
@@ -184,7 +177,7 @@ GENERATORS = (
         "pixel space, cosine betas, v-prediction, DDIM 50",
         known=False,
         decoder=None,
-        schedule=COSINE | DDIM | dict(prediction_type="v_prediction"),
+        schedule=COSINE | DDIM,
     ),
 )
 
@@ -412,21 +405,33 @@ def make_denoiser(generator: Generator) -> UNet2DModel:
     )
 
 
-def noisy_and_target(
+def noisy_and_velocity(
     spec: Generator, scheduler, clean: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch of noisy samples, their times, and what the denoiser has to predict, by the generator's own process."""
+    """A batch of noisy samples, their times, and the velocity to be predicted, by the generator's own process."""
     noise = torch.randn(clean.shape, generator=generator)
     if spec.scheduler is FlowMatchEulerDiscreteScheduler:  # Esser et al. 2024, eq. 1 and 19
-        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator))
-        spread = sigma.view(-1, 1, 1, 1)
-        return (1 - spread) * clean + spread * noise, sigma * 1000, noise - clean
+        sigma = torch.sigmoid(torch.randn(len(clean), generator=generator)).view(-1, 1, 1, 1)
+        return (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), noise - clean
     if spec.offset_noise:
         noise = noise + spec.offset_noise * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
     times = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(clean, noise, times) if velocity else noise
-    return scheduler.add_noise(clean, noise, times), times, target
+    return scheduler.add_noise(clean, noise, times), times, scheduler.get_velocity(clean, noise, times)
+
+
+def predict_velocity(
+    denoiser: UNet2DModel, noisy: torch.Tensor, layout: torch.Tensor, times: torch.Tensor, is_flow: bool
+) -> torch.Tensor:
+    """
+    The UNet's prediction. For a flow it is preconditioned to unit variance (Karras et al. 2022): with s^2 = (1 - sigma)^2 +
+    sigma^2 the network sees x / s and gives F, and noise - clean is (2 sigma - 1) / s^2 x + F / s.
+    """
+    if not is_flow:
+        return denoiser(torch.cat([noisy, layout], dim=1), times).sample
+    sigma = (times / 1000).view(-1, 1, 1, 1)
+    scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
+    output = denoiser(torch.cat([noisy / scale, layout], dim=1), times).sample
+    return (2 * sigma - 1) / scale**2 * noisy + output / scale
 
 
 def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
@@ -434,13 +439,14 @@ def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
     images, generator = to_tensor(zoo.patches["pool"]), zoo.generator(f"denoiser {spec.name}")
     clean = zoo.latents() if spec.decoder else images
     denoiser, scheduler = make_denoiser(spec), spec.make_scheduler()
-    steps, batch = (1500, 32) if spec.decoder else (1000, 8)
+    steps, batch = (1000, 32) if spec.decoder else (1000, 8)
 
     def loss_of_step(step: int) -> torch.Tensor:
         index = torch.randint(len(clean), (batch,), generator=generator)
-        noisy, times, target = noisy_and_target(spec, scheduler, clean[index], generator)
+        noisy, times, velocity = noisy_and_velocity(spec, scheduler, clean[index], generator)
         layout = layouts(images[index], clean.shape[-1], generator)
-        return F.mse_loss(denoiser(torch.cat([noisy, layout], dim=1), times).sample, target)
+        is_flow = spec.scheduler is FlowMatchEulerDiscreteScheduler
+        return F.mse_loss(predict_velocity(denoiser, noisy, layout, times, is_flow), velocity)
 
     train_loop(denoiser, loss_of_step, steps, 1e-3, f"denoiser {spec.name}")
     return denoiser
@@ -457,14 +463,15 @@ class LayoutToImagePipeline(DiffusionPipeline):
     @torch.inference_mode()
     def __call__(self, layout: torch.Tensor, num_inference_steps: int, generator: torch.Generator) -> torch.Tensor:
         """(N, 3, h, w) layouts -> (N, 3, H, W) images in [-1, 1]."""
+        is_flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
         shape = (len(layout), self.unet.config.out_channels, *layout.shape[2:])
-        sample = torch.randn(shape, generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.randn(shape, generator=generator) * (1.0 if is_flow else self.scheduler.init_noise_sigma)
         extra = {} if isinstance(self.scheduler, DDIMScheduler) else {"generator": generator}
         for time in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(sample, time) if hasattr(self.scheduler, "scale_model_input") else sample
-            predicted = self.unet(torch.cat([scaled, layout], dim=1), time.expand(len(layout))).sample
-            sample = self.scheduler.step(predicted, time, sample, **extra).prev_sample
+            noisy = sample if is_flow else self.scheduler.scale_model_input(sample, time)
+            velocity = predict_velocity(self.unet, noisy, layout, time.expand(len(layout)), is_flow)
+            sample = self.scheduler.step(velocity, time, sample, **extra).prev_sample
         if self.decoder is not None:
             sample = self.decoder(sample / self.scaling_factor)
         return sample.clamp(-1, 1)

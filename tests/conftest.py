@@ -21,6 +21,7 @@ def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=latent_channels,
+        scaling_factor=6.0,  # random weights give small latents; this brings them near unit variance
     )
 
 

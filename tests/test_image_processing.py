@@ -1,5 +1,8 @@
 import base64
+import functools
+import http.server
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -27,6 +30,18 @@ def test_every_way_to_pass_an_image_gives_the_same_pixels(photo, processor, tmp_
     for source in sources:
         assert torch.equal(processor(source)["pixel_values"], expected), type(source)
     assert processor(sources)["pixel_values"].shape == (len(sources), 3, 32, 32)
+
+
+def test_urls_are_fetched(photo, processor, tmp_path):
+    (tmp_path / "photo.png").write_bytes(encoded(photo))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert torch.equal(processor(f"{url}/photo.png")["pixel_values"], processor(photo)["pixel_values"])
+        with pytest.raises(OSError, match=r"missing\.png.*404"):
+            processor(f"{url}/missing.png")
+        server.shutdown()
 
 
 def test_pixel_values_are_the_pixels_from_minus_one_to_one():

@@ -79,8 +79,11 @@ def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
 
 def test_alpha_moves_the_verdict(fitted_model, processor, photo):
     attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    log_density = attribute(photo)["log_density"]
+    fitted_model.density.calibration_ = torch.tensor([log_density - 1, log_density + 1, log_density + 2])
     p_value = attribute(photo)["p_value"]
-    assert attribute(photo, alpha=min(p_value + 1e-6, 1 - 1e-6))["is_unknown"]
+    assert p_value == 0.5
+    assert attribute(photo, alpha=p_value)["is_unknown"]
     assert not attribute(photo, alpha=p_value - 1e-6)["is_unknown"]
     with pytest.raises(ValueError, match="alpha"):
         attribute(photo, alpha=2)

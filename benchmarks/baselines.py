@@ -1,0 +1,115 @@
+"""
+What simple methods reach on the same split: radial spectra with logistic regression, and a ResNet on pixels.
+
+    python benchmarks/baselines.py [DATASET]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from protoleak import GaussianKDE, ProtoLeakImageProcessor
+from protoleak.evaluation_protoleak import Predictions, format_summary, summarize
+from protoleak.train import load_splits
+
+HERE = Path(__file__).parent.parent
+
+
+def load_pixels(name: str, crop_size: int) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], list[str]]:
+    """Native centre crops in [-1, 1] and labels of every split, and the label names."""
+    splits = load_splits(name)
+    names = sorted(set(splits["train"]["label"]), key=lambda n: (n != "real", n))
+    index = {n: k for k, n in enumerate(names)}
+    processor = ProtoLeakImageProcessor(crop_size=crop_size, do_resize=False)
+    pixels = {s: processor([i["bytes"] or i["path"] for i in r["image"]])["pixel_values"] for s, r in splits.items()}
+    return pixels, {s: np.array([index.get(n, -1) for n in r["label"]]) for s, r in splits.items()}, names
+
+
+def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
+    """Log power of each colour channel in rings of the spectrum, and its mean colour. (N, 3, S, S) -> (N, 3 S / 2 + 3)"""
+    side = pixels.shape[-1]
+    power = torch.fft.fftshift(torch.fft.fft2(pixels - pixels.mean(dim=(2, 3), keepdim=True)).abs().square(), (2, 3))
+    y, x = torch.meshgrid(*[torch.arange(side) - side // 2] * 2, indexing="ij")
+    rings = (x**2 + y**2).sqrt().round().long().clamp(max=side // 2)
+    masks = torch.stack([(rings == r).float() / (rings == r).sum() for r in range(1, side // 2 + 1)])
+    log_power = (torch.einsum("nchw,rhw->ncr", power, masks) + 1e-6).log()
+    return torch.cat([log_power.flatten(1), pixels.mean(dim=(2, 3))], dim=1).numpy()
+
+
+def spectra_predictions(pixels, labels) -> dict[str, Predictions]:
+    """Logistic regression on radial spectra, its strength chosen on train; open-set score: KDE of standardised features."""
+    features = {split: radial_spectra(p) for split, p in pixels.items()}
+    classifier = make_pipeline(
+        StandardScaler(), LogisticRegressionCV(Cs=8, max_iter=3000, l1_ratios=(0,), use_legacy_attributes=False)
+    )
+    classifier.fit(features["train"], labels["train"])
+    scaled = {split: classifier[0].transform(f) for split, f in features.items()}
+    kde = GaussianKDE().fit(scaled["train"])
+    return {
+        s: Predictions(f, classifier.predict_proba(f), kde.score_samples(scaled[s]), labels[s]) for s, f in features.items()
+    }
+
+
+def pixel_resnet_predictions(pixels, labels, num_labels: int, epochs: int = 40, seed: int = 0) -> dict[str, Predictions]:
+    """A ResNet of the network's size on pixels, cross-entropy, best validation loss; open-set score: KDE of its features."""
+    set_seed(seed)
+    config = ResNetConfig(
+        num_labels=num_labels, embedding_size=32, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic"
+    )
+    model = ResNetForImageClassification(config)
+    print(f"ResNet on pixels: {sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
+    loader = DataLoader(TensorDataset(pixels["train"], torch.from_numpy(labels["train"])), 64, shuffle=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=epochs * len(loader))
+    best, best_weights = np.inf, None
+    for _ in tqdm(range(epochs), desc="ResNet on pixels", disable=not sys.stderr.isatty()):
+        model.train()
+        for images, targets in loader:
+            flipped = images.flip(-1) if torch.rand(()) < 0.5 else images
+            model(flipped, labels=targets).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        logits = _infer(model, pixels["validation"])[1]
+        loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(labels["validation"])))
+        if loss < best:
+            best, best_weights = loss, {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(best_weights)
+    outputs = {split: _infer(model, p) for split, p in pixels.items()}
+    kde = GaussianKDE().fit(outputs["train"][0])
+    return {
+        s: Predictions(f.numpy(), logits.double().softmax(1).numpy(), kde.score_samples(f), labels[s])
+        for s, (f, logits) in outputs.items()
+    }
+
+
+@torch.inference_mode()
+def _infer(model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    model.eval()
+    features = torch.cat([model.resnet(batch).pooler_output.flatten(1) for batch in pixels.split(64)])
+    return features, model.classifier(features[..., None, None])
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo")
+    pixels, labels, names = load_pixels(name, 64 if "leakzoo" in name else 256)
+    for title, predictions in (
+        ("radial spectra, logistic regression", spectra_predictions(pixels, labels)),
+        ("ResNet on pixels", pixel_resnet_predictions(pixels, labels, len(names))),
+    ):
+        print(title)
+        print(format_summary(summarize(predictions["test"], predictions.get("unknown"), names)))
+
+
+if __name__ == "__main__":
+    main()
