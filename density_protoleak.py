@@ -1,8 +1,10 @@
 """
-What is known, as densities of embeddings: exact Gaussian KDE, class scorers, conformal calibration, safe save and load.
+What is known, as densities of embeddings: exact Gaussian KDE, class scorers, conformal calibration, safe save
+and load.
 
-Everything is computed in float64. A fitted object's attributes that end in `_` are its state; they go to disk as a pickle
-of plain containers, numbers and bytes, which needs no import and is read by an unpickler that allows none.
+Everything is computed in float64. A fitted object's attributes that end in `_` are its state; they go to disk
+as a pickle of plain containers, numbers and bytes, which needs no import and is read by an unpickler that
+allows none.
 """
 
 import io
@@ -20,24 +22,32 @@ from sklearn.mixture import GaussianMixture
 
 DENSITY_FILE = "density.pkl"
 FORMAT_VERSION = 1
-BANDWIDTHS = tuple(float(h) for h in np.geomspace(0.05, 5.0, 25))  # in units of the embeddings' root mean square spread
+BANDWIDTHS = tuple(
+    float(h) for h in np.geomspace(0.05, 5.0, 25)
+)  # in units of the embeddings' root mean square spread
 
 
-# --- plain state -----------------------------------------------------------------------------------------------------
+# --- plain state --------------------------------------------------------------------------------------------
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers, numbers and bytes. Whatever needs an import is refused before it runs."""
+    """
+    Reads pickles of plain containers, numbers and bytes. Whatever needs an import is refused before it runs.
+    """
 
     def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a density file needs no import at all")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, and a density file needs no import at all"
+        )
 
     def persistent_load(self, pid):
         raise pickle.UnpicklingError("it refers to an outside object")
 
 
 def _pack(value: Any) -> Any:
-    """Tensors to {"dtype", "shape", "data"}, objects with state to {"class", "state"}; containers recursively."""
+    """
+    Tensors to {"dtype", "shape", "data"}, objects with state to {"class", "state"}; containers recursively.
+    """
     if isinstance(value, torch.Tensor):
         array = value.detach().cpu().numpy()
         return {"dtype": array.dtype.str, "shape": list(array.shape), "data": array.tobytes()}
@@ -58,7 +68,9 @@ def _unpack(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if set(value) == {"dtype", "shape", "data"}:
-        return torch.from_numpy(np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"]).copy())
+        return torch.from_numpy(
+            np.frombuffer(value["data"], np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+        )
     if set(value) == {"class", "state"}:
         known = {cls.__name__: cls for cls in (GaussianKDE, KnownDensity, *SCORERS.values())}
         if value["class"] not in known:
@@ -81,13 +93,15 @@ def _as_tensor(array: Any, device: str | torch.device = "cpu") -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, torch.Tensor) else array)
     tensor = tensor.detach().to(device=device, dtype=torch.float64)
     if tensor.ndim != 2 or tensor.shape[0] == 0:
-        raise ValueError(f"embeddings must have shape (n, embedding_size), n at least 1; got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"embeddings must have shape (n, embedding_size), n at least 1; got {tuple(tensor.shape)}"
+        )
     if not torch.isfinite(tensor).all():
         raise ValueError("embeddings contain NaN or infinite values")
     return tensor
 
 
-# --- kernel density --------------------------------------------------------------------------------------------------
+# --- kernel density -----------------------------------------------------------------------------------------
 
 
 class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
@@ -95,12 +109,16 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
     Exact Gaussian kernel density with scikit-learn's estimator interface:
     log p(x) = logsumexp_i(-|x - x_i|^2 / 2 h^2) - log n - D/2 log(2 pi h^2).
 
-    scikit-learn's `KernelDensity` gives wrong values at D = 128 unless `leaf_size >= n` (scikit-learn issue #25799). Here
-    distances come block by block from matrix products, so that memory stays bounded and the values stay exact.
+    scikit-learn's `KernelDensity` gives wrong values at D = 128 unless `leaf_size >= n` (scikit-learn issue
+    #25799). Here distances come block by block from matrix products, so that memory stays bounded and the
+    # values stay
+    exact.
 
     Args:
-        bandwidth (`float`, *optional*): h; by default chosen in `fit` by held-out log-likelihood among `bandwidths`.
-        bandwidths (`list[float]`): Candidates, in units of the root mean square spread per dimension of what is fitted.
+        bandwidth (`float`, *optional*): h; by default chosen in `fit` by held-out log-likelihood among
+            `bandwidths`.
+        bandwidths (`list[float]`): Candidates, in units of the root mean square spread per dimension of what
+            is fitted.
         n_folds (`int`, defaults to 5): Folds of the choice; sample i is in fold i % n_folds.
         block_size (`int`, defaults to 2048): Rows and columns of a block of distances: 32 MB in float64.
         device (`str`, defaults to `"cpu"`): Where it is computed; a device without float64 (mps) won't do.
@@ -142,8 +160,10 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
             raise ValueError(
                 f"X has {queries.shape[1]} features, but the density was fitted on {self.samples_.shape[1]}"
             )
-        scores = [self._log_kernel_sums(block, self.samples_, [self.bandwidth_])[0] for block in
-                  (queries - self.mean_).split(self.block_size)]
+        scores = [
+            self._log_kernel_sums(block, self.samples_, [self.bandwidth_])[0]
+            for block in (queries - self.mean_).split(self.block_size)
+        ]
         return (torch.cat(scores) + self._log_norm(self.bandwidth_, len(self.samples_))).cpu().numpy()
 
     def score(self, X: Any, y: Any = None) -> float:  # noqa: N803
@@ -153,19 +173,30 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
     def _log_norm(self, bandwidth: float, n: int) -> float:
         return -math.log(n) - self.samples_.shape[1] / 2 * math.log(2 * math.pi * bandwidth**2)
 
-    def _log_kernel_sums(self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float]) -> torch.Tensor:
-        """logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances. (len(h), len(queries))"""
-        sums = torch.full((len(bandwidths), len(queries)), -torch.inf, dtype=torch.float64, device=queries.device)
+    def _log_kernel_sums(
+        self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float]
+    ) -> torch.Tensor:
+        """
+        logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances. (len(h),
+        len(queries))
+        """
+        sums = torch.full(
+            (len(bandwidths), len(queries)), -torch.inf, dtype=torch.float64, device=queries.device
+        )
         query_norms = queries.square().sum(dim=1, keepdim=True)
         for block in samples.split(self.block_size):
-            distances = torch.addmm(query_norms + block.square().sum(dim=1), queries, block.T, alpha=-2).clamp_(min=0)
+            distances = torch.addmm(
+                query_norms + block.square().sum(dim=1), queries, block.T, alpha=-2
+            ).clamp_(min=0)
             for row, bandwidth in enumerate(bandwidths):
                 block_sum = torch.logsumexp(distances * (-0.5 / bandwidth**2), dim=1)
                 sums[row] = torch.logaddexp(sums[row], block_sum)
         return sums
 
     def _held_out_log_likelihood(self, bandwidths: list[float]) -> np.ndarray:
-        """Sum over folds of the log-likelihood of the fold under the density of the others, for every bandwidth."""
+        """
+        Sum over folds of the log-likelihood of the fold under the density of the others, for every bandwidth.
+        """
         n = len(self.samples_)
         if n < 2:
             raise ValueError("choosing a bandwidth needs at least 2 samples; pass bandwidth")
@@ -180,16 +211,21 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         return total
 
 
-# --- class scorers ---------------------------------------------------------------------------------------------------
+# --- class scorers ------------------------------------------------------------------------------------------
 
 
 class ClassScorer(BaseEstimator, _Stateful):
-    """`fit(X, y)` on embeddings (n, D) and labels 0..K-1; `score_samples(X)` gives class scores (n, K), higher is likelier."""
+    """
+    `fit(X, y)` on embeddings (n, D) and labels 0..K-1; `score_samples(X)` gives class scores (n, K), higher
+    is likelier.
+    """
 
     def fit(self, X: Any, y: Any) -> "ClassScorer":  # noqa: N803
         samples, labels = _as_tensor(X), torch.as_tensor(np.asarray(y)).long()
         if labels.shape != samples.shape[:1]:
-            raise ValueError(f"y must hold a label a row of X; got {tuple(labels.shape)} for {tuple(samples.shape)}")
+            raise ValueError(
+                f"y must hold a label a row of X; got {tuple(labels.shape)} for {tuple(samples.shape)}"
+            )
         counts = torch.bincount(labels)
         if (counts < 2).any():
             raise ValueError(f"every class needs at least 2 samples; got counts {counts.tolist()}")
@@ -222,7 +258,9 @@ class MahalanobisScorer(ClassScorer):
         self.means_ = torch.stack([c.mean(dim=0) for c in _by_class(scaled, labels, num_labels)])  # (K, D)
         variances = torch.stack([c.var(dim=0, correction=0) for c in _by_class(scaled, labels, num_labels)])
         median = variances.median(dim=1, keepdim=True).values
-        self.variances_ = ((1 - self.shrinkage) * variances + self.shrinkage * median).clamp_min(self.variance_floor)
+        self.variances_ = ((1 - self.shrinkage) * variances + self.shrinkage * median).clamp_min(
+            self.variance_floor
+        )
 
     def _score(self, samples):
         scaled = (samples - self.mean_) / self.scale_
@@ -230,7 +268,10 @@ class MahalanobisScorer(ClassScorer):
 
 
 class GMMScorer(ClassScorer):
-    """Log-likelihood under a diagonal Gaussian mixture for each class, fitted by scikit-learn after a global z-score."""
+    """
+    Log-likelihood under a diagonal Gaussian mixture for each class, fitted by scikit-learn after a global
+    z-score.
+    """
 
     def __init__(self, n_components: int = 2, variance_floor: float = 1e-2, seed: int = 0):
         self.n_components, self.variance_floor, self.seed = n_components, variance_floor, seed
@@ -251,7 +292,9 @@ class GMMScorer(ClassScorer):
     def _score(self, samples):
         scaled = ((samples - self.mean_) / self.scale_)[:, None]  # (n, 1, D)
         scores = []
-        for log_weights, means, variances in zip(self.log_weights_, self.means_, self.variances_, strict=True):
+        for log_weights, means, variances in zip(
+            self.log_weights_, self.means_, self.variances_, strict=True
+        ):
             exponents = ((scaled - means).square() / variances + (2 * math.pi * variances).log()).sum(dim=-1)
             scores.append(torch.logsumexp(log_weights - exponents / 2, dim=1))
         return torch.stack(scores, dim=1)
@@ -267,13 +310,16 @@ class KDEScorer(ClassScorer):
         self.densities_ = [GaussianKDE(self.bandwidth).fit(c) for c in _by_class(samples, labels, num_labels)]
 
     def _score(self, samples):
-        return torch.stack([torch.from_numpy(density.score_samples(samples)) for density in self.densities_], dim=1)
+        return torch.stack(
+            [torch.from_numpy(density.score_samples(samples)) for density in self.densities_], dim=1
+        )
 
 
 class LLRScorer(ClassScorer):
     """
-    Log-likelihood ratios of Gaussians that share one covariance, with the full quadratic form (linear discriminant
-    analysis): x' S^-1 m_k - m_k' S^-1 m_k / 2 + log prior_k. The covariance is shrunk to a multiple of the identity.
+    Log-likelihood ratios of Gaussians that share one covariance, with the full quadratic form (linear
+    discriminant analysis): x' S^-1 m_k - m_k' S^-1 m_k / 2 + log prior_k. The covariance is shrunk to a
+    multiple of the identity.
     """
 
     def __init__(self, shrinkage: float = 0.05):
@@ -296,20 +342,23 @@ class LLRScorer(ClassScorer):
 SCORERS = {"mahalanobis": MahalanobisScorer, "gmm": GMMScorer, "kde": KDEScorer, "llr": LLRScorer}
 
 
-# --- what a checkpoint carries ---------------------------------------------------------------------------------------
+# --- what a checkpoint carries ------------------------------------------------------------------------------
 
 
 class KnownDensity(_Stateful):
     """
-    The density of the known classes' embeddings with its calibration, and the fitted class scorers: `density.pkl`.
+    The density of the known classes' embeddings with its calibration, and the fitted class scorers:
+    `density.pkl`.
 
     Attributes:
         labels (`list[str]`): The known classes, in the order of the scorers' columns.
         kde_ (`GaussianKDE`): Fitted on training embeddings.
-        calibration_ (`torch.Tensor` of shape `(n,)`): Sorted log densities of held-out known images (validation).
+        calibration_ (`torch.Tensor` of shape `(n,)`): Sorted log densities of held-out known images
+            (validation).
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
-            What the network gave for a fixed input when this was fitted; a network that gives something else has changed.
+            What the network gave for a fixed input when this was fitted; a network that gives something else
+            has changed.
     """
 
     def __init__(self):
@@ -342,8 +391,9 @@ class KnownDensity(_Stateful):
 
     def p_value(self, log_density: np.ndarray) -> np.ndarray:
         """
-        Split-conformal p-value of "made by a known class", (n,) in (0, 1]: (1 + #{calibration <= score}) / (m + 1). For an
-        image exchangeable with the calibration images, P(p <= alpha) <= alpha (Vovk et al. 2005).
+        Split-conformal p-value of "made by a known class", (n,) in (0, 1]: (1 + #{calibration <= score}) / (m
+        + 1). For an image exchangeable with the calibration images, P(p <= alpha) <= alpha (Vovk et al.
+        2005).
         """
         below = np.searchsorted(self.calibration_.numpy(), log_density, side="right")
         return (1 + below) / (len(self.calibration_) + 1)
@@ -360,7 +410,8 @@ class KnownDensity(_Stateful):
     def load(cls, path: str | os.PathLike) -> "KnownDensity":
         """
         Raises:
-            ValueError: the file is damaged, of another version, or holds anything but plain values: nothing in it is run.
+            ValueError: the file is damaged, of another version, or holds anything but plain values: nothing
+            in it is run.
         """
         try:
             content = _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()

@@ -30,7 +30,9 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
-    """Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results."""
+    """
+    Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
+    """
     module = accelerator.unwrap_model(model)
     training = module.training
     module.eval()
@@ -48,10 +50,11 @@ def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: in
 
 def figures(test: Predictions, unknown: Predictions | None, label_names: list[str]) -> dict[str, Any]:
     """
-    All figures of held-out test images of known classes, and of images by unknown generators where there are some.
+    All figures of held-out test images of known classes, and of images by unknown generators where there are
+    some.
 
-    The open-set score is the log density. Keys are those of `evaluate_protoleak`; `real_auroc` is the AUROC of the
-    probability of the class "real", where there is one, against generated images.
+    The open-set score is the log density. Keys are those of `evaluate_protoleak`; `real_auroc` is the AUROC
+    of the probability of the class "real", where there is one, against generated images.
     """
     open_set = unknown is not None and test.log_density is not None
     result = attribution_figures(
@@ -69,7 +72,11 @@ def figures(test: Predictions, unknown: Predictions | None, label_names: list[st
 
 
 def summarize(
-    test: Predictions, unknown: Predictions | None, label_names: list[str], resamples: int = RESAMPLES, seed: int = 0
+    test: Predictions,
+    unknown: Predictions | None,
+    label_names: list[str],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """
     Figures with 95 % bootstrap intervals over images, drawn within each class.
@@ -82,7 +89,11 @@ def summarize(
     draws: dict[str, list[float]] = {}
     for _ in range(resamples):
         index = np.concatenate([rng.choice(m, len(m)) for m in members])
-        other = None if unknown is None else unknown.take(rng.integers(len(unknown.labels), size=len(unknown.labels)))
+        other = (
+            None
+            if unknown is None
+            else unknown.take(rng.integers(len(unknown.labels), size=len(unknown.labels)))
+        )
         for name, value in figures(test.take(index), other, label_names).items():
             if name != "per_class_auc":
                 draws.setdefault(name, []).append(value)
@@ -109,7 +120,9 @@ TITLES = {
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The summary as a table for a terminal."""
-    lines = [f"{summary['num_test']} test images of known classes, {summary['num_unknown']} by unknown generators"]
+    lines = [
+        f"{summary['num_test']} test images of known classes, {summary['num_unknown']} by unknown generators"
+    ]
     for name, title in TITLES.items():
         if name in summary["figures"]:
             low, high = summary["intervals"][name]

@@ -23,13 +23,14 @@ def open_image(source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None 
     """
     Open an image as upright 8-bit RGB, as a viewer shows it.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled to 8 bits,
-    the first frame of an animation is taken.
+    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled
+    to 8 bits, the first frame of an animation is taken.
 
     Args:
-        source: Path, http(s) URL, base64 or `data:` string, bytes, binary file, PIL image, or an array or tensor of shape
-            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535], or floating
-            point in [0, 1].
+        source: Path, http(s) URL, base64 or `data:` string, bytes, binary file, PIL image, or an array or
+            tensor of shape
+            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535],
+            or floating point in [0, 1].
         max_pixels (`int`): Larger images are refused before they are decoded.
         timeout (`float`, *optional*): Seconds to wait for a URL.
 
@@ -71,7 +72,9 @@ def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
         raise ValueError(f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}")
     try:
         Image.init()
-        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in every build
+        return Image.open(
+            source, formats=[name for name in FORMATS if name in Image.OPEN]
+        )  # AVIF is not in every build
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:
@@ -93,7 +96,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(f"an array must be (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4; got shape {array.shape}")
+        raise ValueError(
+            f"an array must be (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4; got shape {array.shape}"
+        )
     return Image.fromarray(_to_uint8(array))
 
 
@@ -102,9 +107,14 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.uint16:
         return (array // 257).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all() and 0 <= array.min() and array.max() <= 1:
+    if (
+        np.issubdtype(array.dtype, np.floating)
+        and np.isfinite(array).all()
+        and array.min() >= 0
+        and array.max() <= 1
+    ):
         return np.round(array * 255).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.integer) and 0 <= array.min() and array.max() <= 65535:
+    if np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 65535:
         return (array // 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
     raise ValueError(
         f"values must be uint8, uint16, or floating point in [0, 1]; "
@@ -127,10 +137,12 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
     Turns images into pixel values in [-1, 1].
 
     Args:
-        crop_size (`int`, defaults to 256): Side of the square crops in pixels, a multiple of the VAE's reduction (8).
+        crop_size (`int`, defaults to 256): Side of the square crops in pixels, a multiple of the VAE's
+            reduction (8).
         do_resize (`bool`, defaults to `True`):
-            Whether the shorter side is resized to `crop_size` first, as in the paper. Without, crops are cut at native
-            resolution, which keeps the traces that resampling destroys; smaller images are padded by reflection.
+            Whether the shorter side is resized to `crop_size` first, as in the paper. Without, crops are cut
+            at native resolution, which keeps the traces that resampling destroys; smaller images are padded
+            by reflection.
         resample (`int`, defaults to 3, bicubic): Filter of the resizing, as in `PIL.Image.Resampling`.
         num_crops (`int`, defaults to 1): Crops an image: one at the centre, or several spread evenly over it.
         max_pixels (`int`): Larger images are refused.
@@ -151,11 +163,17 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for argument, value in {"crop_size": crop_size, "num_crops": num_crops, "max_pixels": max_pixels}.items():
+        for argument, value in {
+            "crop_size": crop_size,
+            "num_crops": num_crops,
+            "max_pixels": max_pixels,
+        }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument} must be an integer of at least 1; got {argument}={value!r}")
         if resample not in list(Image.Resampling):
-            raise ValueError(f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}")
+            raise ValueError(
+                f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}"
+            )
         self.crop_size, self.do_resize, self.resample = crop_size, do_resize, int(resample)
         self.num_crops, self.max_pixels = num_crops, max_pixels
 
@@ -166,8 +184,8 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for a list.
 
         Returns:
-            `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, with several crops,
-            (batch_size, num_crops, 3, crop_size, crop_size): float32 in [-1, 1].
+            `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, with
+            several crops, (batch_size, num_crops, 3, crop_size, crop_size): float32 in [-1, 1].
         """
         if kwargs:
             raise ValueError(f"preprocess takes images and return_tensors; got {sorted(kwargs)}")
@@ -178,13 +196,17 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def pixel_values(self, image: Any) -> np.ndarray:
-        """The crops of one image: float32 (3, S, S), or (num_crops, 3, S, S) with several crops, in [-1, 1]."""
+        """
+        The crops of one image: float32 (3, S, S), or (num_crops, 3, S, S) with several crops, in [-1, 1].
+        """
         image = open_image(image, self.max_pixels)
         if self.do_resize:
             scale = self.crop_size / min(image.size)
             image = image.resize([max(self.crop_size, round(n * scale)) for n in image.size], self.resample)
         array = _reflect_pad(np.asarray(image), self.crop_size)
-        crops = np.stack([array[y : y + self.crop_size, x : x + self.crop_size] for y, x in self._corners(array.shape)])
+        crops = np.stack(
+            [array[y : y + self.crop_size, x : x + self.crop_size] for y, x in self._corners(array.shape)]
+        )
         crops = crops.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         return crops[0] if self.num_crops == 1 else crops
 
@@ -213,7 +235,8 @@ def _reflect_pad(array: np.ndarray, size: int) -> np.ndarray:
 
 def find_images(paths: list[str | Path]) -> list[Path]:
     """
-    The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted order.
+    The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted
+    order.
 
     A path that does not exist is kept, so that opening it reports it.
     """

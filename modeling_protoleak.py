@@ -2,8 +2,8 @@
 Proto-LeakNet: image attribution from signal leaks in the latents of a diffusion VAE.
 
 After "Proto-LeakNet: Towards Signal-Leak Aware Attribution in Synthetic Human Face Imagery"
-(Giusti, Guarnera, Battiato, arXiv 2511.04260). B, T, K, M, D in shape comments: batch, timesteps, classes, prototypes a
-class, embedding size; V: crops (views) of an image; C, H, W: latent channels, height, width.
+(Giusti, Guarnera, Battiato, arXiv 2511.04260). B, T, K, M, D in shape comments: batch, timesteps, classes,
+prototypes a class, embedding size; V: crops (views) of an image; C, H, W: latent channels, height, width.
 """
 
 import math
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,9 +35,12 @@ class ProtoLeakModelOutput(ModelOutput):
     Args:
         embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): h, attended over timesteps.
         gates (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): w in (0, 1), attended alike.
-        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_timesteps)`): alpha, each row sums to 1.
-        noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`, *optional*):
-            z_t, with `output_noisy_latents=True`. With several crops an image, there is a dimension of crops after the first.
+        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_timesteps)`): alpha, each row sums to
+            1.
+        noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
+        *optional*):
+            z_t, with `output_noisy_latents=True`. With several crops an image, there is a dimension of crops
+            after the first.
     """
 
     embeddings: torch.FloatTensor | None = None
@@ -55,7 +57,8 @@ class ImageAttributionOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Class scores of the config's scorer.
         log_density (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
             Log density in nats under the known classes' embeddings, once a density is fitted.
-        p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known class".
+        p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known
+            class".
         embeddings, gates, temporal_weights, noisy_latents: As in [`ProtoLeakModelOutput`].
     """
 
@@ -70,7 +73,10 @@ class ImageAttributionOutput(ModelOutput):
 
 
 def forward_diffusion(
-    latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor, sigma_normalization: bool = False
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    sigma_normalization: bool = False,
 ) -> torch.Tensor:
     """
     Re-simulate the forward process: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
@@ -92,8 +98,9 @@ def forward_diffusion(
 
 def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     """
-    Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness and log
-    kurtosis of each channel, correlations between channels, and of each channel with its right and lower neighbour.
+    Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness
+    and log kurtosis of each channel, correlations between channels, and of each channel with its right and
+    lower neighbour.
     Variances have 1e-4 added, so that a constant channel gives finite values and gradients.
 
     Args:
@@ -117,7 +124,10 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
 
 
 class LeakEncoder(nn.Module):
-    """One noisy latent to one embedding: backbone, pooling over the latent grid, projection. Shared by all timesteps."""
+    """
+    One noisy latent to one embedding: backbone, pooling over the latent grid, projection. Shared by all
+    timesteps.
+    """
 
     def __init__(self, config: ProtoLeakConfig):
         super().__init__()
@@ -126,7 +136,11 @@ class LeakEncoder(nn.Module):
         if config.keep_resolution:
             stem = self.backbone.embedder
             stem.embedder.convolution = nn.Conv2d(
-                config.latent_channels, config.backbone_config.embedding_size, kernel_size=3, padding=1, bias=False
+                config.latent_channels,
+                config.backbone_config.embedding_size,
+                kernel_size=3,
+                padding=1,
+                bias=False,
             )
             stem.pooler = nn.Identity()
         channels = self.backbone.channels[-1]
@@ -142,7 +156,9 @@ class LeakEncoder(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, D)"""
         features = self.backbone(latents).feature_maps[-1]
-        if self.pooling == "statistics":  # of the latents beside those of the features that the backbone finds in them
+        if (
+            self.pooling == "statistics"
+        ):  # of the latents beside those of the features that the backbone finds in them
             pooled = torch.cat([grid_statistics(latents), grid_statistics(features)], dim=1)
         else:
             pooled = features.mean(dim=(2, 3))
@@ -180,11 +196,16 @@ class TemporalAttention(nn.Module):
 
 
 class PrototypeHead(nn.Module):
-    """M prototypes a class; a class scores by the soft minimum of the feature-weighted distances to its prototypes."""
+    """
+    M prototypes a class; a class scores by the soft minimum of the feature-weighted distances to its
+    prototypes.
+    """
 
     def __init__(self, config: ProtoLeakConfig):
         super().__init__()
-        self.prototypes = nn.Parameter(torch.zeros(config.num_labels, config.num_prototypes, config.embedding_size))
+        self.prototypes = nn.Parameter(
+            torch.zeros(config.num_labels, config.num_prototypes, config.embedding_size)
+        )
         self.temperature_range = config.temperature_range
         self.temperature_logit = nn.Parameter(torch.zeros(()))
 
@@ -269,7 +290,9 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, vae: nn.Module | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, vae: nn.Module | None = None, **kwargs
+    ):
         """
         As [`PreTrainedModel.from_pretrained`], and attaches the VAE and the fitted density.
 
@@ -284,8 +307,14 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         """
         result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
-        hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "token", "revision", "local_files_only") if k in kwargs}
-        model.attach_vae(vae if vae is not None else load_vae(pretrained_model_name_or_path, model.config, **hub))
+        hub = {
+            k: kwargs[k]
+            for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
+            if k in kwargs
+        }
+        model.attach_vae(
+            vae if vae is not None else load_vae(pretrained_model_name_or_path, model.config, **hub)
+        )
         try:
             model._load_density(pretrained_model_name_or_path, hub)
         except ValueError as error:
@@ -298,7 +327,10 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         """The base model has no use for a density."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As [`PreTrainedModel.save_pretrained`]; writes the VAE, the scheduler, the density and the code beside."""
+        """
+        As [`PreTrainedModel.save_pretrained`]; writes the VAE, the scheduler, the density and the code
+        beside.
+        """
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
         kwargs["state_dict"] = {k: v for k, v in state_dict.items() if "_vae." not in k}
         self.config.auto_map = dict(AUTO_MAP)
@@ -349,8 +381,8 @@ def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> n
         return diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, revision=revision, **hub)
     except Exception as error:
         raise OSError(
-            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: {error}. "
-            f"Pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
+            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: {error} "
+            f"-- pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
             f"config.vae_name_or_path to a local folder"
         ) from error
 
@@ -385,14 +417,18 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def alphas_cumprod(self) -> torch.Tensor:
         """abar at the config's timesteps, (T,), from the diffusers scheduler."""
-        if "alphas_cumprod" not in self._constants:  # made late: from_pretrained constructs on the meta device
-            self._constants["alphas_cumprod"] = make_scheduler(self.config).alphas_cumprod[self.config.timesteps]
+        if (
+            "alphas_cumprod" not in self._constants
+        ):  # made late: from_pretrained constructs on the meta device
+            self._constants["alphas_cumprod"] = make_scheduler(self.config).alphas_cumprod[
+                self.config.timesteps
+            ]
         return self._constants["alphas_cumprod"]
 
     def evaluation_noise(self, shape: torch.Size) -> torch.Tensor:
         """
-        The noise of evaluation, (T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that an image has
-        the same score in any batch, place, process and device.
+        The noise of evaluation, (T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that
+        an image has the same score in any batch, place, process and device.
         """
         if shape not in self._constants:
             generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
@@ -411,8 +447,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                In [-1, 1], from [`ProtoLeakImageProcessor`]; with several crops an image `(batch_size, num_crops, 3, height,
-                width)`, whose embeddings are averaged.
+                In [-1, 1], from [`ProtoLeakImageProcessor`]; with several crops an image `(batch_size,
+                num_crops, 3, height, width)`, whose embeddings are averaged.
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`):
                 z_0 from [`~ProtoLeakModel.encode`], instead of `pixel_values`; crops as above.
 
@@ -424,14 +460,16 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         latents = self.encode(pixel_values) if latents is None else latents
         if latents.ndim not in (4, 5):
             raise ValueError(
-                f"images must be (batch, channels, height, width) or (batch, crops, channels, height, width); "
+                f"images must be (batch, channels, height, width), with crops after the batch if there are any; "
                 f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
             )
         views = latents.shape[1:-3]  # () or (V,)
         flat = latents.flatten(0, -4).to(self.device)  # (BV, C, H, W)
         noise = self._noise(flat)
         noisy = forward_diffusion(flat, noise, self.alphas_cumprod(), self.config.sigma_normalization)
-        embeddings = self.encoder(noisy.flatten(0, 1).to(self.dtype)).unflatten(0, noisy.shape[:2])  # (BV, T, D)
+        embeddings = self.encoder(noisy.flatten(0, 1).to(self.dtype)).unflatten(
+            0, noisy.shape[:2]
+        )  # (BV, T, D)
         gates = self.gate(embeddings)
         weights = self.attention(embeddings)  # (BV, T)
         attended = [torch.einsum("bt,btd->bd", weights, x) for x in (embeddings, gates)]
@@ -448,12 +486,17 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def _noise(self, latents: torch.Tensor) -> torch.Tensor:
         if self.training:  # fresh at every step
-            return torch.randn(len(latents), len(self.config.timesteps), *latents.shape[1:], device=latents.device)
+            return torch.randn(
+                len(latents), len(self.config.timesteps), *latents.shape[1:], device=latents.device
+            )
         return self.evaluation_noise(latents.shape[1:]).to(latents)
 
 
 class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
-    """Which known generator made an image, or none: prototypes for the classes, a density for what is known at all."""
+    """
+    Which known generator made an image, or none: prototypes for the classes, a density for what is known at
+    all.
+    """
 
     def __init__(self, config: ProtoLeakConfig):
         super().__init__(config)
@@ -474,8 +517,10 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         r"""
         Args:
             pixel_values, latents: As in [`ProtoLeakModel`].
-            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes 0..K-1, for the loss: cross-entropy
-                plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention from collapsing.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes 0..K-1, for the loss:
+                cross-entropy
+                plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention from
+                collapsing.
         """
         model = self.protoleak(pixel_values, latents, output_noisy_latents, return_dict=True)
         prototype_logits = self.head(model.embeddings, model.gates)
@@ -505,7 +550,9 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         if self.config.scorer == "prototype" or self.training:
             return prototype_logits
         if self.density is None:
-            raise ValueError(f"scorer={self.config.scorer!r} needs a fitted density; run train.py, or set scorer='prototype'")
+            raise ValueError(
+                f"scorer={self.config.scorer!r} needs a density; run train.py, or set scorer='prototype'"
+            )
         scores = self.density.scorers_[self.config.scorer].score_samples(embeddings)
         return torch.from_numpy(scores).to(prototype_logits)
 
@@ -523,14 +570,17 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
 
     def fit_density(self, embeddings: Any, labels: Any, held_out: Any) -> None:
         """
-        Fit the density and the scorers of this network's embeddings of known classes; see [`KnownDensity.fit`].
+        Fit the density and the scorers of this network's embeddings of known classes; see
+        [`KnownDensity.fit`].
         """
         names = [self.config.id2label[k] for k in range(self.config.num_labels)]
         self.density = KnownDensity().fit(embeddings, labels, held_out, names)
         self.density.probe_ = self.probe()
 
     def check_density(self, density: KnownDensity) -> None:
-        """Raise `ValueError` unless `density` was fitted on embeddings of this very network, for these labels."""
+        """
+        Raise `ValueError` unless `density` was fitted on embeddings of this very network, for these labels.
+        """
         names = [self.config.id2label[k] for k in range(self.config.num_labels)]
         if density.embedding_size != self.config.embedding_size:
             raise ValueError(
@@ -538,11 +588,17 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
                 f"embedding_size is {self.config.embedding_size}; fit it again with train.py"
             )
         if density.labels != names:
-            raise ValueError(f"the density was fitted for {density.labels}, but this model's labels are {names}")
+            raise ValueError(
+                f"the density was fitted for {density.labels}, but this model's labels are {names}"
+            )
         probe = self.probe()
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        if not torch.allclose(probe, density.probe_.float(), atol=tolerance * float(density.probe_.abs().max()), rtol=0):
-            raise ValueError("the density was fitted for other weights or timesteps of this model; fit it again with train.py")
+        if not torch.allclose(
+            probe, density.probe_.float(), atol=tolerance * float(density.probe_.abs().max()), rtol=0
+        ):
+            raise ValueError(
+                "the density was fitted for other weights or timesteps than these; fit it again with train.py"
+            )
 
     def _load_density(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
         path = cached_file(name, DENSITY_FILE, _raise_exceptions_for_missing_entries=False, **hub)

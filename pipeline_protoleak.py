@@ -12,7 +12,11 @@ RECORD_FIELDS = ("label", "score", "is_unknown", "p_value", "log_density", "attr
 
 
 def attribution_record(
-    probabilities: torch.Tensor, labels: list[str], log_density: float | None, p_value: float | None, alpha: float
+    probabilities: torch.Tensor,
+    labels: list[str],
+    log_density: float | None,
+    p_value: float | None,
+    alpha: float,
 ) -> dict[str, Any]:
     """
     One attribution as plain values.
@@ -20,14 +24,16 @@ def attribution_record(
     Args:
         probabilities: Of the known classes, (K,), summing to 1.
         labels (`list[str]`): Their names.
-        log_density (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`; `None` for a model
+        log_density (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
+            `None` for a model
             without a density, which then never answers "unknown".
         alpha (`float`): The verdict is "unknown" when `p_value <= alpha`.
 
     Returns:
         `dict` with
         - label: a known class, or "unknown";
-        - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of held-out known
+        - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
+          held-out known
           images that look more like the known classes than this one;
         - is_unknown, p_value, log_density;
         - attributions: every known class with its probability, sorted.
@@ -47,10 +53,12 @@ def attribution_record(
 
 class ImageAttributionPipeline(Pipeline):
     """
-    Which known generator made an image, or none: `pipeline("image-attribution", model=..., trust_remote_code=True)`.
+    Which known generator made an image, or none: `pipeline("image-attribution", model=...,
+    trust_remote_code=True)`.
 
-    Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), or a list of them, and returns a record
-    or a list of records, see [`attribution_record`]. `alpha=` overrides the level of the "unknown" verdict.
+    Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), or a list of them, and
+    returns a record or a list of records, see [`attribution_record`]. `alpha=` overrides the level of the
+    "unknown" verdict.
     """
 
     _load_processor = False

@@ -5,8 +5,8 @@ Train Proto-LeakNet on any image data set with `datasets` and Accelerate.
     python train.py --dataset_name FOLDER --output_dir runs/mine
     accelerate launch train.py ...                              # on several processes or machines
 
-Every image passes the VAE once: its latents are cached under the `datasets` cache, keyed by the VAE's weights, the image
-processor and the image files' content.
+Every image passes the VAE once: its latents are cached under the `datasets` cache, keyed by the VAE's
+weights, the image processor and the image files' content.
 """
 
 import hashlib
@@ -25,18 +25,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
-from transformers import HfArgumentParser
-
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation_protoleak import format_summary, predict, summarize
 from protoleak.image_processing_protoleak import SUFFIXES
 from protoleak.modeling_protoleak import load_vae
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
-HELD_OUT = {"test": 0.3, "validation": 0.2}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
+HELD_OUT = {
+    "test": 0.3,
+    "validation": 0.2,
+}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
 logger = logging.getLogger("protoleak.train")
 
 
@@ -46,7 +48,9 @@ class TrainingArguments:
 
     dataset_name: str = field(
         default=str(HERE / "leakzoo"),
-        metadata={"help": "Hub id or folder, whatever `load_dataset` takes; or a folder with Closed_Set/<generator>/."},
+        metadata={
+            "help": "Hub id or folder that `load_dataset` takes, or a folder with Closed_Set/<generator>/."
+        },
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from. By default weights are new."}
@@ -56,7 +60,9 @@ class TrainingArguments:
     )
     output_dir: str = field(default="runs/protoleak", metadata={"help": "Where the checkpoint is written."})
     num_train_epochs: int = field(default=60, metadata={"help": "Epochs at most."})
-    patience: int = field(default=15, metadata={"help": "Epochs without a better validation loss before it stops."})
+    patience: int = field(
+        default=15, metadata={"help": "Epochs without a better validation loss before it stops."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Images a step and process."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak of AdamW's learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
@@ -67,12 +73,13 @@ class TrainingArguments:
     seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 
 def load_splits(name: str, seed: int = 0) -> DatasetDict:
     """
-    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label` (str).
+    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label`
+    (str).
 
     Missing validation and test splits are cut from train, by group where a column tells it.
 
@@ -91,7 +98,9 @@ def load_splits(name: str, seed: int = 0) -> DatasetDict:
         splits = load_dataset(name)
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
-    splits = DatasetDict({split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()})
+    splits = DatasetDict(
+        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
+    )
     for split in ("test", "validation"):
         if split not in splits:
             share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
@@ -101,21 +110,29 @@ def load_splits(name: str, seed: int = 0) -> DatasetDict:
         raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
     for split in ("validation", "test"):
         if extra := set(splits[split]["label"]) ^ known:
-            raise ValueError(f"{name}: splits train and {split!r} must have the same classes; they differ by {sorted(extra)}")
+            raise ValueError(
+                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
+            )
     return splits
 
 
 def _class_folders(root: Path) -> Dataset:
-    """Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3)."""
+    """
+    Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3).
+    """
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
     labels = [p.relative_to(root).parts[0] for p in files]
-    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column("image", datasets.Image())
+    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column(
+        "image", datasets.Image()
+    )
 
 
 def _normalise(rows: Dataset, what: str) -> Dataset:
-    columns = {name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)}
+    columns = {
+        name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)
+    }
     if not columns or "label" not in rows.features:
         raise ValueError(f"{what} needs an image column and a column 'label'; got {rows.features}")
     image = next(iter(columns))
@@ -143,9 +160,13 @@ def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     return rows.select(np.flatnonzero(~cut)), rows.select(np.flatnonzero(cut))
 
 
-def content_key(rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor) -> str:
+def content_key(
+    rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor
+) -> str:
     """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode()
+    )
     for name, weight in sorted(model.vae.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for image in rows["image"]:
@@ -158,10 +179,14 @@ def _image_bytes(image: dict[str, Any]) -> bytes:
 
 
 def encode_split(
-    rows: Dataset, label_names: list[str], model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
+    rows: Dataset, label_names: list[str],
+    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
     accelerator: Accelerator, batch_size: int = 16,
 ) -> TensorDataset:  # fmt: skip
-    """Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; from the cache where it has them."""
+    """
+    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; from the cache where it
+    has them.
+    """
     channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
     views = () if processor.num_crops == 1 else (processor.num_crops,)
     shape = (*views, channels, side, side)
@@ -196,7 +221,7 @@ def _reduction(vae) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def make_model(
@@ -205,7 +230,9 @@ def make_model(
     """A new model by `config_name`, or the checkpoint `model_name_or_path` with a head for these classes."""
     source = arguments.model_name_or_path or arguments.config_name
     overrides = {k: v for k in ("crop_size", "num_crops") if (v := getattr(arguments, k)) is not None}
-    processor = ProtoLeakImageProcessor(**ProtoLeakImageProcessor.get_image_processor_dict(source)[0] | overrides)
+    processor = ProtoLeakImageProcessor(
+        **ProtoLeakImageProcessor.get_image_processor_dict(source)[0] | overrides
+    )
     id2label = dict(enumerate(label_names))
     label2id = {name: k for k, name in id2label.items()}
     if arguments.model_name_or_path:
@@ -223,7 +250,10 @@ def fit(
     model: ProtoLeakForImageAttribution, train: TensorDataset, validation: TensorDataset,
     arguments: TrainingArguments, accelerator: Accelerator,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Train in place; the weights at the end are those of the epoch with the lowest validation loss. Returns its history."""
+    """
+    Train in place; the weights at the end are those of the epoch with the lowest validation loss. Returns its
+    history.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=arguments.weight_decay)
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -251,7 +281,9 @@ def fit(
             "epoch": epoch,
             "train_loss": float(np.mean(losses)),
             "validation_loss": float(-np.log(truth.clip(1e-12)).mean()),
-            "validation_accuracy": float((predictions.probabilities.argmax(axis=1) == predictions.labels).mean()),
+            "validation_accuracy": float(
+                (predictions.probabilities.argmax(axis=1) == predictions.labels).mean()
+            ),
         }
         history.append(row)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
@@ -275,7 +307,9 @@ def _network_weights(model: ProtoLeakForImageAttribution) -> dict[str, torch.Ten
 
 
 def train(arguments: TrainingArguments) -> dict[str, Any]:
-    """Train, fit the density and the scorers, write the checkpoint to `output_dir`, and return the summary."""
+    """
+    Train, fit the density and the scorers, write the checkpoint to `output_dir`, and return the summary.
+    """
     started = time.perf_counter()
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     set_seed(arguments.seed)
@@ -284,7 +318,10 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     model, processor = make_model(arguments, label_names)
     model.density = None  # it will be fitted to the new weights
     model.to(accelerator.device)
-    data = {split: encode_split(rows, label_names, model, processor, accelerator) for split, rows in splits.items()}
+    data = {
+        split: encode_split(rows, label_names, model, processor, accelerator)
+        for split, rows in splits.items()
+    }
     encoded = time.perf_counter()
     history = fit(model, data["train"], data["validation"], arguments, accelerator)
     trained = time.perf_counter()
@@ -310,7 +347,10 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def save(
-    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor, summary: dict[str, Any], folder: Path
+    model: ProtoLeakForImageAttribution,
+    processor: ProtoLeakImageProcessor,
+    summary: dict[str, Any],
+    folder: Path,
 ) -> None:
     """Write a checkpoint that every loader takes, with its figures in metrics.json."""
     model.save_pretrained(folder)
@@ -325,7 +365,8 @@ def main() -> None:
     summary = train(arguments)
     if Accelerator().is_main_process:
         print(format_summary(summary))
-        print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; written to {arguments.output_dir}")
+        seconds = summary["seconds"]["total"]
+        print(f"  {summary['epochs']} epochs, {seconds} s; written to {arguments.output_dir}")
 
 
 if __name__ == "__main__":

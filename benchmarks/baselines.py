@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from protoleak import GaussianKDE, ProtoLeakImageProcessor
+from protoleak.evaluation_protoleak import Predictions, format_summary, summarize
+from protoleak.train import load_splits
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,27 +21,32 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from protoleak import GaussianKDE, ProtoLeakImageProcessor
-from protoleak.evaluation_protoleak import Predictions, format_summary, summarize
-from protoleak.train import load_splits
-
 HERE = Path(__file__).parent.parent
 
 
-def load_pixels(name: str, crop_size: int) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], list[str]]:
+def load_pixels(
+    name: str, crop_size: int
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], list[str]]:
     """Native centre crops in [-1, 1] and labels of every split, and the label names."""
     splits = load_splits(name)
     names = sorted(set(splits["train"]["label"]), key=lambda n: (n != "real", n))
     index = {n: k for k, n in enumerate(names)}
     processor = ProtoLeakImageProcessor(crop_size=crop_size, do_resize=False)
-    pixels = {s: processor([i["bytes"] or i["path"] for i in r["image"]])["pixel_values"] for s, r in splits.items()}
+    pixels = {
+        s: processor([i["bytes"] or i["path"] for i in r["image"]])["pixel_values"] for s, r in splits.items()
+    }
     return pixels, {s: np.array([index.get(n, -1) for n in r["label"]]) for s, r in splits.items()}, names
 
 
 def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
-    """Log power of each colour channel in rings of the spectrum, and its mean colour. (N, 3, S, S) -> (N, 3 S / 2 + 3)"""
+    """
+    Log power of each colour channel in rings of the spectrum, and its mean colour. (N, 3, S, S) -> (N, 3 S /
+    2 + 3)
+    """
     side = pixels.shape[-1]
-    power = torch.fft.fftshift(torch.fft.fft2(pixels - pixels.mean(dim=(2, 3), keepdim=True)).abs().square(), (2, 3))
+    power = torch.fft.fftshift(
+        torch.fft.fft2(pixels - pixels.mean(dim=(2, 3), keepdim=True)).abs().square(), (2, 3)
+    )
     y, x = torch.meshgrid(*[torch.arange(side) - side // 2] * 2, indexing="ij")
     rings = (x**2 + y**2).sqrt().round().long().clamp(max=side // 2)
     masks = torch.stack([(rings == r).float() / (rings == r).sum() for r in range(1, side // 2 + 1)])
@@ -47,24 +55,38 @@ def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
 
 
 def spectra_predictions(pixels, labels) -> dict[str, Predictions]:
-    """Logistic regression on radial spectra, its strength chosen on train; open-set score: KDE of standardised features."""
+    """
+    Logistic regression on radial spectra, its strength chosen on train; open-set score: KDE of standardised
+    features.
+    """
     features = {split: radial_spectra(p) for split, p in pixels.items()}
     classifier = make_pipeline(
-        StandardScaler(), LogisticRegressionCV(Cs=8, max_iter=3000, l1_ratios=(0,), use_legacy_attributes=False)
+        StandardScaler(),
+        LogisticRegressionCV(Cs=8, max_iter=3000, l1_ratios=(0,), use_legacy_attributes=False),
     )
     classifier.fit(features["train"], labels["train"])
     scaled = {split: classifier[0].transform(f) for split, f in features.items()}
     kde = GaussianKDE().fit(scaled["train"])
     return {
-        s: Predictions(f, classifier.predict_proba(f), kde.score_samples(scaled[s]), labels[s]) for s, f in features.items()
+        s: Predictions(f, classifier.predict_proba(f), kde.score_samples(scaled[s]), labels[s])
+        for s, f in features.items()
     }
 
 
-def pixel_resnet_predictions(pixels, labels, num_labels: int, epochs: int = 40, seed: int = 0) -> dict[str, Predictions]:
-    """A ResNet of the network's size on pixels, cross-entropy, best validation loss; open-set score: KDE of its features."""
+def pixel_resnet_predictions(
+    pixels, labels, num_labels: int, epochs: int = 40, seed: int = 0
+) -> dict[str, Predictions]:
+    """
+    A ResNet of the network's size on pixels, cross-entropy, best validation loss; open-set score: KDE of its
+    features.
+    """
     set_seed(seed)
     config = ResNetConfig(
-        num_labels=num_labels, embedding_size=32, hidden_sizes=[32, 64, 96], depths=[1, 1, 1], layer_type="basic"
+        num_labels=num_labels,
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96],
+        depths=[1, 1, 1],
+        layer_type="basic",
     )
     model = ResNetForImageClassification(config)
     print(f"ResNet on pixels: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.neighbors import KernelDensity
-
 from protoleak import GaussianKDE, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.train import load_splits
+from sklearn.neighbors import KernelDensity
 
 HERE = Path(__file__).parent.parent
 
@@ -37,7 +36,9 @@ def attribution() -> None:
 
 
 def training() -> None:
-    """A cold run, and an epoch against what the released code's flow adds to each: encoding every image again."""
+    """
+    A cold run, and an epoch against what the released code's flow adds to each: encoding every image again.
+    """
     with tempfile.TemporaryDirectory() as folder:
         seconds, peak = timed_command(
             sys.executable, "train.py", "--output_dir", f"{folder}/run", HF_DATASETS_CACHE=f"{folder}/cache"
@@ -80,7 +81,7 @@ def density() -> None:
     theirs.append(time.perf_counter() - started)
     ratio = theirs[0] / np.median(ours)
     print(
-        f"KDE 2,000 x 10,000, D = 128: {np.median(ours):.2f} s, scikit-learn with leaf_size=n {theirs[0]:.2f} s, "
+        f"KDE 2,000 x 10,000, D = 128: {np.median(ours):.2f} s, scikit-learn, leaf_size=n: {theirs[0]:.2f} s, "
         f"{ratio:.1f} times; largest difference {np.abs(found - expected).max():.1e} nats"
     )
 

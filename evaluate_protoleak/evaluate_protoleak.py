@@ -14,19 +14,22 @@ from sklearn.metrics import (
 )
 
 _DESCRIPTION = """
-Figures of image attribution. Closed set: which of the known generators made an image. Open set: whether any of them did.
+Figures of image attribution. Closed set: which of the known generators made an image. Open set: whether any
+of them did.
 """
 
 _INPUTS = """
 Args:
     predictions (list of list of float): Class scores of each image, higher is likelier; used as they are.
-    references (list of int): The true classes, 0..K-1; in the configuration "open-set", -1 for an unknown generator.
-    known_scores (list of float, optional): "Known-ness" of each of these images, higher is more known (a log density).
+    references (list of int): The true classes, 0..K-1; in the configuration "open-set", -1 for an unknown
+        generator.
+    known_scores (list of float, optional): "Known-ness" of each of these images, higher is more known (a log
+        density).
     unknown_scores (list of float, optional): The same of images by unknown generators.
     label_names (list of str, optional): Names of the classes, for `per_class_auc`.
 
-    The configuration "open-set" has the open-set scores as columns, so that `add_batch` works: `scores` and `is_known`
-    instead of the two arguments.
+    The configuration "open-set" has the open-set scores as columns, so that `add_batch` works: `scores` and
+    `is_known` instead of the two arguments.
 Returns:
     macro_auc: One-vs-rest AUC, averaged over classes.
     per_class_auc: One-vs-rest AUC of each class.
@@ -55,20 +58,27 @@ def closed_set_figures(
     """Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1."""
     predictions, references = np.asarray(predictions, float), np.asarray(references)
     if predictions.ndim != 2 or predictions.shape[1] < 2:
-        raise ValueError(f"predictions must be (N, K) scores of K >= 2 classes; got shape {predictions.shape}")
+        raise ValueError(
+            f"predictions must be (N, K) scores of K >= 2 classes; got shape {predictions.shape}"
+        )
     if references.shape != predictions.shape[:1]:
         raise ValueError(f"references must be (N,) with N = {len(predictions)}; got shape {references.shape}")
     _require_finite("predictions", predictions)
     classes = np.arange(predictions.shape[1])
     counts = {int(k): int((references == k).sum()) for k in classes}
     if not np.isin(references, classes).all():
-        raise ValueError(f"references must be within 0 and {classes[-1]}; got {sorted(set(references.tolist()))}")
+        raise ValueError(
+            f"references must be within 0 and {classes[-1]}; got {sorted(set(references.tolist()))}"
+        )
     if min(counts.values()) == 0:
         raise ValueError(f"every class needs at least one image for its one-vs-rest AUC; got counts {counts}")
     names = list(label_names) if label_names is not None else [str(k) for k in classes]
     if len(names) != len(classes):
         raise ValueError(f"label_names must name {len(classes)} classes; got {len(names)}")
-    per_class = {n: float(roc_auc_score(references == k, predictions[:, k])) for k, n in zip(classes, names, strict=True)}
+    per_class = {
+        n: float(roc_auc_score(references == k, predictions[:, k]))
+        for k, n in zip(classes, names, strict=True)
+    }
     best = predictions.argmax(axis=1)
     return {
         "macro_auc": float(np.mean(list(per_class.values()))),
@@ -96,7 +106,9 @@ def open_set_figures(known_scores: np.ndarray, unknown_scores: np.ndarray) -> di
     }
 
 
-def open_set_classification_rate(correct: np.ndarray, known_scores: np.ndarray, unknown_scores: np.ndarray) -> float:
+def open_set_classification_rate(
+    correct: np.ndarray, known_scores: np.ndarray, unknown_scores: np.ndarray
+) -> float:
     """OSCR: as a threshold falls, known images both accepted and right, against unknown images accepted."""
     scores = np.concatenate([known_scores, unknown_scores])
     order = np.argsort(-scores, kind="stable")
@@ -121,16 +133,22 @@ def attribution_figures(
         raise ValueError("open-set figures need both known_scores and unknown_scores; got one of them")
     if known_scores is not None:
         if len(known_scores) != len(references):
-            raise ValueError(f"known_scores must hold {len(references)} scores, one a reference; got {len(known_scores)}")
+            raise ValueError(
+                f"known_scores must hold {len(references)} scores, one a reference; got {len(known_scores)}"
+            )
         figures |= open_set_figures(known_scores, unknown_scores)
         correct = np.argmax(predictions, axis=1) == np.asarray(references)
-        figures["oscr"] = open_set_classification_rate(correct, np.asarray(known_scores), np.asarray(unknown_scores))
+        figures["oscr"] = open_set_classification_rate(
+            correct, np.asarray(known_scores), np.asarray(unknown_scores)
+        )
     return figures
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} contains NaN or infinite values, at {np.argwhere(~np.isfinite(values))[:3].tolist()}")
+        raise ValueError(
+            f"{name} contains NaN or infinite values, at {np.argwhere(~np.isfinite(values))[:3].tolist()}"
+        )
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)

@@ -1,15 +1,17 @@
-"""Make LeakZoo, the embedded data set, and the analysis VAE of the bundled checkpoint, from photographs to parquet.
+"""Make LeakZoo, the embedded data set, and the bundled checkpoint's analysis VAE, from photographs to parquet.
 
     python leakzoo/make_leakzoo.py --work_dir ~/.cache/leakzoo
 
-Each stage writes one file or folder under ``work_dir`` (to a temporary name, then moved), so a killed run goes on from
-its last finished stage. ``--stages`` limits a run to some of them: independent stages can run side by side. On two CPU
-cores the whole takes about an hour and a half.
+Each stage writes one file or folder under ``work_dir`` (to a temporary name, then moved), so a killed run
+goes on from its last finished stage. ``--stages`` limits a run to some of them: independent stages can run
+side by side.
+On two CPU cores the whole takes about an hour and a half.
 
-Content matching. Every generator is conditioned on a "layout", a noisy 4x4 thumbnail, as a text-to-image model is on a
-prompt; patch ``i`` of every class in a split is made from the layout of the same real patch ``i``. So the classes show
-the same things, and what is left to learn is how they were made. Photographs are split into train, validation and
-test by photograph; autoencoders and diffusion models see patches of the train photographs alone.
+Content matching. Every generator is conditioned on a "layout", a noisy 4x4 thumbnail, as a text-to-image
+model is on a prompt; patch ``i`` of every class in a split is made from the layout of the same real patch
+``i``. So the classes show the same things, and what is left to learn is how they were made. Photographs are
+split into train, validation and test by photograph; autoencoders and diffusion models see patches of the
+train photographs alone.
 """
 
 import argparse
@@ -41,7 +43,11 @@ from tqdm import tqdm
 SIZE = 64
 SPLIT_SIZES = {"train": 150, "validation": 50, "test": 80}
 TRAINING_PATCHES = 12_000
-SHORTER_SIDES = (192, 288, 432)  # a photograph is reduced to these before it is cut: JPEG traces of the source go away
+SHORTER_SIDES = (
+    192,
+    288,
+    432,
+)  # a photograph is reduced to these before it is cut: JPEG traces of the source go away
 LAYOUT_NOISE = 0.1
 LATENT_CHANNELS = 8  # of the generators; the analysis autoencoder has ANALYSIS_CHANNELS
 ANALYSIS_CHANNELS = 16
@@ -54,7 +60,9 @@ PLASMA = "plasma-workspace-wallpapers"
 
 @dataclass(frozen=True)
 class Photo:
-    """One source photograph: where it comes from, who made it, its licence, and the split its patches go to."""
+    """
+    One source photograph: where it comes from, who made it, its licence, and the split its patches go to.
+    """
 
     name: str
     package: str  # a Debian package, or a Python distribution that ships the file
@@ -65,11 +73,15 @@ class Photo:
 
 
 def _lomiri(file: str, author: str, licence: str, split: str = "train", package: str = LOMIRI) -> Photo:
-    return Photo(file.split("_by_")[0].lower(), package, f"usr/share/backgrounds/{file}.jpg", author, licence, split)
+    return Photo(
+        file.split("_by_")[0].lower(), package, f"usr/share/backgrounds/{file}.jpg", author, licence, split
+    )
 
 
 def _mate(name: str, author: str, split: str = "train") -> Photo:
-    return Photo(name.lower(), MATE, f"usr/share/backgrounds/mate/nature/{name}.jpg", author, "GPL-2.0-or-later", split)
+    return Photo(
+        name.lower(), MATE, f"usr/share/backgrounds/mate/nature/{name}.jpg", author, "GPL-2.0-or-later", split
+    )
 
 
 def _plasma(name: str, author: str, split: str = "train") -> Photo:
@@ -78,7 +90,9 @@ def _plasma(name: str, author: str, split: str = "train") -> Photo:
 
 
 def _scikit(name: str, path: str, author: str, licence: str, split: str = "train") -> Photo:
-    return Photo(name, "scikit-learn" if path.startswith("sklearn") else "scikit-image", path, author, licence, split)
+    return Photo(
+        name, "scikit-learn" if path.startswith("sklearn") else "scikit-image", path, author, licence, split
+    )
 
 
 PHOTOS = (
@@ -131,7 +145,9 @@ PHOTOS = (
 
 @dataclass(frozen=True)
 class Generator:
-    """One generator of the zoo: a denoiser with its noise process, a sampler, and a decoder (None: pixel space)."""
+    """
+    One generator of the zoo: a denoiser with its noise process, a sampler, and a decoder (None: pixel space).
+    """
 
     name: str
     recipe: str
@@ -147,7 +163,9 @@ class Generator:
         return self.scheduler(**self.schedule)
 
 
-STABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction")
+STABLE = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+)
 COSINE = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -162,7 +180,9 @@ GENERATORS = (
         "rectified flow, logit-normal times, Euler 50, decoder A",
         scheduler=FlowMatchEulerDiscreteScheduler,
     ),
-    Generator("ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", schedule=STABLE | DDIM),
+    Generator(
+        "ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", schedule=STABLE | DDIM
+    ),
     Generator(
         "ldm_ancestral",
         "as ldm, sampled by Euler ancestral, 20 steps",
@@ -182,7 +202,7 @@ GENERATORS = (
 )
 
 
-# --- photographs and patches -----------------------------------------------------------------------------------------
+# --- photographs and patches --------------------------------------------------------------------------------
 
 
 def fetch_photo(photo: Photo, folder: Path) -> Image.Image:
@@ -222,7 +242,9 @@ def cut_patches(scales: list[np.ndarray], count: int, rng: np.random.Generator) 
 
 
 def make_patches(zoo: "Zoo") -> dict[str, np.ndarray]:
-    """Patches of each split with their photographs' names, and the pool of patches that trains the generators."""
+    """
+    Patches of each split with their photographs' names, and the pool of patches that trains the generators.
+    """
     rng = np.random.default_rng(zoo.seed)
     arrays = {}
     for split, size in SPLIT_SIZES.items():
@@ -252,13 +274,14 @@ def layouts(images: torch.Tensor, size: int, generator: torch.Generator) -> torc
     return F.interpolate(thumbnails, size=(size, size), mode="bilinear")
 
 
-# --- autoencoders ----------------------------------------------------------------------------------------------------
+# --- autoencoders -------------------------------------------------------------------------------------------
 
 
 def make_autoencoder(latent_channels: int, upsample: str = "pixel_shuffle") -> AutoencoderDC:
     """
-    A small AutoencoderDC (Chen et al. 2024), four times reducing. After 400 steps of plain squared error its space-to-channel
-    steps gave 24.9 dB on the test photographs, where an AutoencoderKL of the same size gave 21.9 dB in twice the time.
+    A small AutoencoderDC (Chen et al. 2024), four times reducing. After 400 steps of plain squared error its
+    space-to-channel steps gave 24.9 dB on the test photographs, where an AutoencoderKL of the same size gave
+    21.9 dB in twice the time.
     """
     stages = 3
     autoencoder = AutoencoderDC(
@@ -274,14 +297,19 @@ def make_autoencoder(latent_channels: int, upsample: str = "pixel_shuffle") -> A
         downsample_block_type="pixel_unshuffle",
         upsample_block_type=upsample,
     )
-    for name, parameter in autoencoder.named_parameters():  # residual branches start at zero: it begins near linear
+    for (
+        name,
+        parameter,
+    ) in autoencoder.named_parameters():  # residual branches start at zero: it begins near linear
         if name.endswith(".norm.weight"):
             nn.init.zeros_(parameter)
     return autoencoder
 
 
 class TransposedConvDecoder(nn.Module):
-    """Decoder C: transposed convolutions, whose uneven overlap leaves the checkerboard of Odena et al. (2016)."""
+    """
+    Decoder C: transposed convolutions, whose uneven overlap leaves the checkerboard of Odena et al. (2016).
+    """
 
     def __init__(self, latent_channels: int = LATENT_CHANNELS, width: int = 64):
         super().__init__()
@@ -304,8 +332,13 @@ class TransposedConvDecoder(nn.Module):
 
 
 def make_decoder(name: str) -> nn.Module:
-    """B interpolates where decoder A shuffles pixels; C is made of transposed convolutions. Both take A's latents."""
-    return TransposedConvDecoder() if name == "c" else make_autoencoder(LATENT_CHANNELS, "interpolate").decoder
+    """
+    B interpolates where decoder A shuffles pixels; C is made of transposed convolutions. Both take A's
+    latents.
+    """
+    return (
+        TransposedConvDecoder() if name == "c" else make_autoencoder(LATENT_CHANNELS, "interpolate").decoder
+    )
 
 
 def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -315,8 +348,13 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Te
     return error.square().mean() + 4 * (across.square().mean() + down.square().mean())
 
 
-def train_loop(model: nn.Module, loss_of_step: Callable[[int], torch.Tensor], steps: int, lr: float, title: str) -> None:
-    """AdamW with a cosine-decayed rate and an exponential moving average, whose weights the model has at the end."""
+def train_loop(
+    model: nn.Module, loss_of_step: Callable[[int], torch.Tensor], steps: int, lr: float, title: str
+) -> None:
+    """
+    AdamW with a cosine-decayed rate and an exponential moving average, whose weights the model has at the
+    end.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     average = EMAModel(model.parameters(), decay=0.998, use_ema_warmup=True)
@@ -360,7 +398,11 @@ def train_autoencoder(zoo: "Zoo", name: str, autoencoder: AutoencoderDC, steps: 
 
 def train_decoder(zoo: "Zoo", name: str, steps: int = 2000) -> nn.Module:
     """Fit another decoder to the latents of autoencoder A, which stays as it is."""
-    vae, pool, generator = zoo.autoencoder("a"), to_tensor(zoo.patches["pool"]), zoo.generator(f"decoder {name}")
+    vae, pool, generator = (
+        zoo.autoencoder("a"),
+        to_tensor(zoo.patches["pool"]),
+        zoo.generator(f"decoder {name}"),
+    )
     decoder = make_decoder(name)
 
     def loss_of_step(step: int) -> torch.Tensor:
@@ -385,12 +427,16 @@ def psnr(decoded: torch.Tensor, images: torch.Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-# --- diffusion -------------------------------------------------------------------------------------------------------
+# --- diffusion ----------------------------------------------------------------------------------------------
 
 
 def make_denoiser(generator: Generator) -> UNet2DModel:
-    """A small UNet over latents (16x16x8) or pixels (64x64x3), with the layout as three more input channels."""
-    channels, size, widths = (LATENT_CHANNELS, SIZE // 4, (48, 96, 128)) if generator.decoder else (3, SIZE, (24, 48, 96, 128))
+    """
+    A small UNet over latents (16x16x8) or pixels (64x64x3), with the layout as three more input channels.
+    """
+    channels, size, widths = (
+        (LATENT_CHANNELS, SIZE // 4, (48, 96, 128)) if generator.decoder else (3, SIZE, (24, 48, 96, 128))
+    )
     plain = len(widths) - 1
     return UNet2DModel(
         sample_size=size,
@@ -408,7 +454,9 @@ def make_denoiser(generator: Generator) -> UNet2DModel:
 def noisy_and_velocity(
     spec: Generator, scheduler, clean: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch of noisy samples, their times, and the velocity to be predicted, by the generator's own process."""
+    """
+    A batch of noisy samples, their times, and the velocity to be predicted, by the generator's own process.
+    """
     noise = torch.randn(clean.shape, generator=generator)
     if spec.scheduler is FlowMatchEulerDiscreteScheduler:  # Esser et al. 2024, eq. 1 and 19
         sigma = torch.sigmoid(torch.randn(len(clean), generator=generator)).view(-1, 1, 1, 1)
@@ -423,8 +471,9 @@ def predict_velocity(
     denoiser: UNet2DModel, noisy: torch.Tensor, layout: torch.Tensor, times: torch.Tensor, is_flow: bool
 ) -> torch.Tensor:
     """
-    The UNet's prediction. For a flow it is preconditioned to unit variance (Karras et al. 2022): with s^2 = (1 - sigma)^2 +
-    sigma^2 the network sees x / s and gives F, and noise - clean is (2 sigma - 1) / s^2 x + F / s.
+    The UNet's prediction. For a flow it is preconditioned to unit variance (Karras et al. 2022): with s^2 =
+    (1 - sigma)^2 + sigma^2 the network sees x / s and gives F, and noise - clean is (2 sigma - 1) / s^2 x + F
+    / s.
     """
     if not is_flow:
         return denoiser(torch.cat([noisy, layout], dim=1), times).sample
@@ -453,20 +502,28 @@ def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
 
 
 class LayoutToImagePipeline(DiffusionPipeline):
-    """Sample images that follow layouts, with any diffusers scheduler; `decoder=None` works in pixel space."""
+    """
+    Sample images that follow layouts, with any diffusers scheduler; `decoder=None` works in pixel space.
+    """
 
-    def __init__(self, unet: UNet2DModel, scheduler, decoder: nn.Module | None = None, scaling_factor: float = 1.0):
+    def __init__(
+        self, unet: UNet2DModel, scheduler, decoder: nn.Module | None = None, scaling_factor: float = 1.0
+    ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.decoder, self.scaling_factor = decoder, scaling_factor
 
     @torch.inference_mode()
-    def __call__(self, layout: torch.Tensor, num_inference_steps: int, generator: torch.Generator) -> torch.Tensor:
+    def __call__(
+        self, layout: torch.Tensor, num_inference_steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
         """(N, 3, h, w) layouts -> (N, 3, H, W) images in [-1, 1]."""
         is_flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
         shape = (len(layout), self.unet.config.out_channels, *layout.shape[2:])
         self.scheduler.set_timesteps(num_inference_steps)
-        sample = torch.randn(shape, generator=generator) * (1.0 if is_flow else self.scheduler.init_noise_sigma)
+        sample = torch.randn(shape, generator=generator) * (
+            1.0 if is_flow else self.scheduler.init_noise_sigma
+        )
         extra = {} if isinstance(self.scheduler, DDIMScheduler) else {"generator": generator}
         for time in self.progress_bar(self.scheduler.timesteps):
             noisy = sample if is_flow else self.scheduler.scale_model_input(sample, time)
@@ -492,7 +549,7 @@ def sample_generator(zoo: "Zoo", spec: Generator) -> dict[str, np.ndarray]:
     return images
 
 
-# --- the data set ----------------------------------------------------------------------------------------------------
+# --- the data set -------------------------------------------------------------------------------------------
 
 
 def png(image: np.ndarray) -> bytes:
@@ -527,8 +584,10 @@ def write_parquet(zoo: "Zoo", folder: Path) -> None:
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def content_auroc(real: np.ndarray, made: np.ndarray, seed: int) -> float:
-    """How well 8x8 thumbnails alone tell made from real images: cross-validated AUROC of a logistic regression."""
+def content_auroc(real: np.ndarray, made: np.ndarray) -> float:
+    """
+    How well 8x8 thumbnails alone tell made from real images: cross-validated AUROC of a logistic regression.
+    """
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -538,30 +597,138 @@ def content_auroc(real: np.ndarray, made: np.ndarray, seed: int) -> float:
     images = to_tensor(np.concatenate([real, made]))
     features = F.adaptive_avg_pool2d(images, 8).flatten(1).numpy()
     labels = np.repeat([0, 1], [len(real), len(made)])
-    groups = np.concatenate([np.arange(len(real)), np.arange(len(made))])  # an image and its twin stay together
-    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=8, scoring="roc_auc", max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False))
-    scores = cross_val_predict(model, features, labels, groups=groups, cv=GroupKFold(5), method="decision_function")
+    groups = np.concatenate(
+        [np.arange(len(real)), np.arange(len(made))]
+    )  # an image and its twin stay together
+    regression = LogisticRegressionCV(
+        Cs=8, scoring="roc_auc", max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False
+    )
+    model = make_pipeline(StandardScaler(), regression)
+    scores = cross_val_predict(
+        model, features, labels, groups=groups, cv=GroupKFold(5), method="decision_function"
+    )
     return float(roc_auc_score(labels, scores))
+
+
+@torch.inference_mode()
+def reconstruction_psnr(zoo: "Zoo", split: str) -> dict[str, float]:
+    """PSNR of every autoencoder and decoder on the patches of a split."""
+    images = to_tensor(zoo.patches[split])
+    latents = encode(zoo.autoencoder("a"), images)
+    analysis = zoo.autoencoder("analysis")
+    decoded = {"analysis": analysis.decode(encode(analysis, images)).sample}
+    decoded |= {f"decoder {name.upper()}": zoo.decoder(name)(latents) for name in "abc"}
+    return {name: psnr(made, images) for name, made in decoded.items()}
 
 
 def measure(zoo: "Zoo") -> dict:
     """The figures of the data set card: PSNR on held-out photographs, and what thumbnails give away."""
-    held_out = to_tensor(zoo.patches["test"])
-    figures = {"psnr_db": {}, "content_auroc": {}, "size_mb": {}}
-    with torch.inference_mode():
-        for name in ("analysis", "a"):
-            vae = zoo.autoencoder(name)
-            figures["psnr_db"][name] = psnr(vae.decode(encode(vae, held_out)).sample, held_out)
-        latents = encode(zoo.autoencoder("a"), held_out)
-        for name in "bc":
-            figures["psnr_db"][name] = psnr(zoo.decoder(name)(latents), held_out)
+    held_out = {split: reconstruction_psnr(zoo, split) for split in ("test", "validation")}
+    content = {}
     for spec in GENERATORS:
         splits = SPLIT_SIZES if spec.known else ("test",)
         real = np.concatenate([zoo.patches[split] for split in splits])
         made = np.concatenate([zoo.samples(spec)[split] for split in splits])
-        figures["content_auroc"][spec.name] = content_auroc(real, made, zoo.seed)
-    figures["size_mb"] = sum(path.stat().st_size for path in zoo.output_dir.glob("*.parquet")) / 1e6
-    return figures
+        content[spec.name] = content_auroc(real, made)
+    return {
+        "psnr_db": {name: {split: held_out[split][name] for split in held_out} for name in held_out["test"]},
+        "content_auroc": content,
+        "size_mb": sum(path.stat().st_size for path in zoo.output_dir.glob("*.parquet")) / 1e6,
+    }
+
+
+CARD = """
+# LeakZoo
+
+{known} known and {unknown} unknown small generators, and the photographs they learned from: {total:,} RGB PNG
+images of 64x64 pixels, {size:.1f} MB. Made for Proto-LeakNet, so that a clone can train and be tested without
+a download. The images are content-matched and format-matched: nothing but the way they were made can be
+learned.
+
+    from datasets import load_dataset
+    load_dataset("leakzoo")  # from the repository's root
+
+Columns: `image`; `label`, a ClassLabel of the known classes, then the unknown ones; `generator`, the recipe;
+`photo`, the photograph that a patch was cut from, or that gave a generated image its layout. Splits: train
+{train}, validation {validation}, test {test} images of every known class, from disjoint sets of photographs;
+`unknown`, {test} images of every unknown generator, with the layouts of test.
+
+## How it is made
+
+    python leakzoo/make_leakzoo.py --work_dir ~/.cache/leakzoo
+
+Photographs are reduced to shorter sides of {sides} pixels and cut into patches. Autoencoders and diffusion
+models learn from {pool:,} patches of the train photographs alone. Every generator is conditioned on a layout,
+a noisy 4x4 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
+layout of patch i. Decoders B and C were fitted to the latents of autoencoder A: generators that differ in the
+decoder alone sample from one denoiser.
+
+| generator | known | recipe | thumbnails give away |
+| --- | --- | --- | --- |
+{generators}
+
+"Thumbnails give away" is the cross-validated AUROC of a logistic regression on 8x8 thumbnails that tells the
+generator's images from the real patches; 0.5 is nothing, and above 0.75 the content would give the answer
+away.
+
+Peak signal-to-noise ratio on patches of the held-out test and validation photographs, in dB: {psnr}.
+"analysis" is the autoencoder in `vae/`, in whose latents the bundled checkpoint looks.
+
+All figures on this page are printed by `python leakzoo/make_leakzoo.py --stages figures` and written beside
+it as figures.json.
+
+## Photographs
+
+Real patches stay under the licence of their photograph. Generated images, and the script, are under the MIT
+licence.
+
+| photo | author | licence | from | split |
+| --- | --- | --- | --- | --- |
+{photos}
+"""
+
+
+def write_card(folder: Path, figures: dict) -> None:
+    """README.md of the data set, from this module's tables and the figures."""
+    from huggingface_hub import DatasetCardData
+
+    data = DatasetCardData(
+        pretty_name="LeakZoo",
+        license="other",
+        license_name="per-photograph",
+        task_categories=["image-classification"],
+        tags=["image-attribution", "synthetic-image-detection", "open-set"],
+        size_categories=["1K<n<10K"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": s, "path": f"{s}-*.parquet"} for s in (*SPLIT_SIZES, "unknown")],
+            }
+        ],
+    )
+    known = [spec for spec in GENERATORS if spec.known]
+    rows = [
+        f"| {s.name} | {'yes' if s.known else 'no'} | {s.recipe} | {figures['content_auroc'][s.name]:.3f} |"
+        for s in GENERATORS
+    ]
+    text = CARD.format(
+        known=len(known),
+        unknown=len(GENERATORS) - len(known),
+        total=(len(known) + 1) * sum(SPLIT_SIZES.values())
+        + (len(GENERATORS) - len(known)) * SPLIT_SIZES["test"],
+        size=figures["size_mb"],
+        sides=", ".join(map(str, SHORTER_SIDES)),
+        pool=TRAINING_PATCHES,
+        generators="\n".join(rows),
+        psnr="; ".join(
+            f"{name} {db['test']:.1f} and {db['validation']:.1f}" for name, db in figures["psnr_db"].items()
+        ),
+        photos="\n".join(
+            f"| {p.name} | {p.author} | {p.licence} | {p.package}: {p.path} | {p.split} |" for p in PHOTOS
+        ),
+        **SPLIT_SIZES,
+    )
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
 
 class Zoo:
@@ -572,7 +739,9 @@ class Zoo:
         self._memory = {}
 
     def generator(self, name: str) -> torch.Generator:
-        """Random numbers of one stage, whatever other stages ran before it; seeds the global generator alike."""
+        """
+        Random numbers of one stage, whatever other stages ran before it; seeds the global generator alike.
+        """
         seed = zlib.crc32(f"{self.seed} {name}".encode())
         torch.manual_seed(seed)
         return torch.Generator().manual_seed(seed)
@@ -620,13 +789,17 @@ class Zoo:
     def latents(self) -> torch.Tensor:
         def make() -> dict[str, np.ndarray]:
             vae = self.autoencoder("a")
-            return {"latents": (encode(vae, to_tensor(self.patches["pool"])) * vae.config.scaling_factor).numpy()}
+            return {
+                "latents": (encode(vae, to_tensor(self.patches["pool"])) * vae.config.scaling_factor).numpy()
+            }
 
         return torch.from_numpy(self._arrays("latents", make)["latents"])
 
     def denoiser(self, name: str) -> UNet2DModel:
         spec = next(spec for spec in GENERATORS if spec.name == name)
-        return self._weights(f"denoiser_{name}", lambda: make_denoiser(spec), lambda: train_denoiser(self, spec))
+        return self._weights(
+            f"denoiser_{name}", lambda: make_denoiser(spec), lambda: train_denoiser(self, spec)
+        )
 
     def samples(self, spec: Generator) -> dict[str, np.ndarray]:
         return self._arrays(f"samples_{spec.name}", lambda: sample_generator(self, spec))
@@ -648,22 +821,34 @@ class Zoo:
             stages[f"samples_{spec.name}"] = lambda spec=spec: self.samples(spec)
         stages["parquet"] = lambda: write_parquet(self, self.output_dir)
         stages["figures"] = self.write_figures
+        stages["vae"] = self.copy_vae
         return stages
 
     def write_figures(self) -> None:
         figures = measure(self)
         print(json.dumps(figures, indent=2))
         (self.output_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        write_card(self.output_dir, figures)
+
+    def copy_vae(self) -> None:
         target = self.output_dir.parent / "vae"
         shutil.copytree(self.work_dir / "autoencoder_analysis", target, dirs_exist_ok=True)
+        for file in target.iterdir():
+            file.chmod(0o644)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache/leakzoo", help="where stages are kept")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help="where the parquet files go")
+    parser.add_argument(
+        "--work_dir", type=Path, default=Path.home() / ".cache/leakzoo", help="where stages are kept"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent, help="where the parquet files go"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="+", help="make only these, for example to run independent ones side by side")
+    parser.add_argument(
+        "--stages", nargs="+", help="make only these, for example to run independent ones side by side"
+    )
     arguments = parser.parse_args()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     stages = Zoo(arguments.work_dir, arguments.output_dir, arguments.seed).stages()

@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 
 LABELS = ["real", "a", "b"]
@@ -26,7 +25,13 @@ def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
 
 
 def tiny_config(**overrides) -> ProtoLeakConfig:
-    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    backbone = {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8],
+        "depths": [1],
+        "layer_type": "basic",
+    }
     values = {"backbone_config": backbone, "keep_resolution": True, "embedding_size": 16, "num_prototypes": 3}
     values |= {"id2label": dict(enumerate(LABELS)), "label2id": {name: k for k, name in enumerate(LABELS)}}
     return ProtoLeakConfig(**values | {"timesteps": [0, 50, 200]} | overrides)

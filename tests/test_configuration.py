@@ -1,5 +1,4 @@
 import pytest
-
 from protoleak import ProtoLeakConfig
 
 from .conftest import tiny_config

@@ -5,15 +5,14 @@ import pickletools
 import numpy as np
 import pytest
 import torch
+from protoleak import GaussianKDE, KnownDensity
+from protoleak.density_protoleak import SCORERS, GMMScorer, KDEScorer, LLRScorer, MahalanobisScorer
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.neighbors import KernelDensity
-
-from protoleak import GaussianKDE, KnownDensity
-from protoleak.density_protoleak import SCORERS, GMMScorer, KDEScorer, LLRScorer, MahalanobisScorer
 
 
 @pytest.fixture
@@ -75,7 +74,9 @@ def test_llr_is_linear_discriminant_analysis(blobs):
     lda = LinearDiscriminantAnalysis(solver="lsqr").fit(samples, labels)
     scores = LLRScorer(shrinkage=0).fit(samples, labels).score_samples(queries)
     expected = lda.decision_function(queries)
-    np.testing.assert_allclose(scores - scores.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(
+        scores - scores.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-6
+    )
 
 
 def test_mahalanobis_is_the_gaussian_exponent(blobs):
@@ -86,7 +87,9 @@ def test_mahalanobis_is_the_gaussian_exponent(blobs):
     for k in range(3):
         members = scaled[labels == k]
         normal = multivariate_normal(members.mean(0), np.diag(members.var(0)))
-        np.testing.assert_allclose(scores[:, k], 2 * (normal.logpdf(query) - normal.logpdf(members.mean(0))), atol=1e-6)
+        np.testing.assert_allclose(
+            scores[:, k], 2 * (normal.logpdf(query) - normal.logpdf(members.mean(0))), atol=1e-6
+        )
 
 
 def test_gmm_scores_as_scikit_learn(blobs):
@@ -117,11 +120,14 @@ def test_every_scorer_finds_separated_classes(blobs, name):
         SCORERS[name]().fit(samples[:4], labels[:4])
 
 
-# --- calibration -----------------------------------------------------------------------------------------------------
+# --- calibration --------------------------------------------------------------------------------------------
 
 
 def test_p_values_keep_their_promise(blobs):
-    """On exchangeable images the share with p <= alpha is at most alpha, averaged over draws of the calibration set."""
+    """
+    On exchangeable images the share with p <= alpha is at most alpha, averaged over draws of the calibration
+    set.
+    """
     rng = np.random.default_rng(1)
     density = KnownDensity()
     alpha, realised = 0.1, []
@@ -138,7 +144,7 @@ def test_p_values_rise_with_density():
     assert density.p_value(np.array([-1.0, 0.0, 1.5, 9.0])).tolist() == [0.25, 0.5, 0.75, 1.0]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,7 +169,16 @@ def test_a_density_survives_saving(density, blobs, tmp_path):
 def test_the_file_needs_no_import(density, tmp_path):
     density.save(path := tmp_path / "density.pkl")
     operations = {operation.name for operation, _, _ in pickletools.genops(path.read_bytes())}
-    assert not operations & {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
+    assert not operations & {
+        "GLOBAL",
+        "STACK_GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "INST",
+        "OBJ",
+        "NEWOBJ",
+        "NEWOBJ_EX",
+    }
     assert not operations & {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
 
 
@@ -195,7 +210,9 @@ def test_malicious_files_run_nothing(tmp_path):
         copyreg.remove_extension("os", "mkdir", 240)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"version": 99, "density": {}})])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"version": 99, "density": {}})]
+)
 def test_damaged_files_are_named(content, tmp_path):
     (tmp_path / "density.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"density\.pkl was refused"):

@@ -1,9 +1,8 @@
 import evaluate
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
-
 from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_classification_rate, open_set_figures
+from sklearn.metrics import roc_auc_score
 
 from . import ROOT
 
@@ -39,7 +38,9 @@ def test_both_configurations_agree_and_batches_can_be_added(metric, scores):
     )
     other = evaluate.load(str(ROOT / "evaluate_protoleak"), "open-set")
     other.add_batch(predictions=predictions, references=references, scores=known, is_known=[True] * 60)
-    other.add_batch(predictions=np.zeros((40, 3)), references=[-1] * 40, scores=unknown, is_known=[False] * 40)
+    other.add_batch(
+        predictions=np.zeros((40, 3)), references=[-1] * 40, scores=unknown, is_known=[False] * 40
+    )
     for name, value in other.compute().items():
         assert value == pytest.approx(plain[name]), name
 
@@ -76,7 +77,12 @@ def test_oscr_by_counting():
 )
 def test_degenerate_input_is_refused(metric, scores, change, message):
     predictions, references, known, unknown = scores
-    arguments = {"predictions": predictions, "references": references, "known_scores": known, "unknown_scores": unknown}
+    arguments = {
+        "predictions": predictions,
+        "references": references,
+        "known_scores": known,
+        "unknown_scores": unknown,
+    }
     with pytest.raises(ValueError, match=message):
         metric.compute(**arguments | change)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from protoleak import ProtoLeakImageProcessor
 from protoleak.image_processing_protoleak import find_images, open_image
 
@@ -70,7 +69,9 @@ def test_modes_look_as_a_viewer_shows_them():
             if image.mode != "I;16":
                 assert open_image(encoded(image)).getpixel((0, 0)) == colour, image.mode
     cmyk = Image.new("RGB", (8, 8), (200, 40, 40)).convert("CMYK")
-    assert np.abs(np.array(open_image(encoded(cmyk, format="JPEG")).getpixel((3, 3))) - (200, 40, 40)).max() < 6
+    assert (
+        np.abs(np.array(open_image(encoded(cmyk, format="JPEG")).getpixel((3, 3))) - (200, 40, 40)).max() < 6
+    )
 
 
 def test_exif_orientation_is_applied():
@@ -83,7 +84,9 @@ def test_exif_orientation_is_applied():
 def test_native_crops_are_pixels_of_the_image(photo):
     array = np.asarray(photo)
     centre = ProtoLeakImageProcessor(crop_size=16, do_resize=False).pixel_values(photo)
-    assert np.array_equal(np.round((centre + 1) * 127.5).astype(np.uint8), array[12:28, 16:32].transpose(2, 0, 1))
+    assert np.array_equal(
+        np.round((centre + 1) * 127.5).astype(np.uint8), array[12:28, 16:32].transpose(2, 0, 1)
+    )
     crops = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=4).pixel_values(photo)
     assert crops.shape == (4, 3, 16, 16)
     corners = [array[:16, :16], array[:16, -16:], array[-16:, :16], array[-16:, -16:]]
@@ -94,7 +97,9 @@ def test_native_crops_are_pixels_of_the_image(photo):
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (40, 2)])
 @pytest.mark.parametrize("do_resize", [True, False])
 def test_small_images_fill_the_crop(size, do_resize):
-    pixels = ProtoLeakImageProcessor(crop_size=32, do_resize=do_resize)(Image.new("RGB", size, "red"))["pixel_values"]
+    pixels = ProtoLeakImageProcessor(crop_size=32, do_resize=do_resize)(Image.new("RGB", size, "red"))[
+        "pixel_values"
+    ]
     assert pixels.shape == (1, 3, 32, 32)
     assert torch.equal(pixels[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
-
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
 from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics
 
@@ -18,7 +17,7 @@ def latents(count: int = 3, channels: int = 4, size: int = 8, seed: int = 0) -> 
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-# --- forward diffusion -----------------------------------------------------------------------------------------------
+# --- forward diffusion --------------------------------------------------------------------------------------
 
 
 def test_forward_diffusion_is_the_schedulers():
@@ -32,7 +31,9 @@ def test_forward_diffusion_is_the_schedulers():
 
 
 def test_the_schedule_is_stable_diffusions(model):
-    assert float(tiny_model(timesteps=[999]).protoleak.alphas_cumprod().sqrt()) == pytest.approx(0.0683, abs=1e-4)
+    assert float(tiny_model(timesteps=[999]).protoleak.alphas_cumprod().sqrt()) == pytest.approx(
+        0.0683, abs=1e-4
+    )
 
 
 def test_sigma_normalization_divides_by_sigma():
@@ -41,7 +42,7 @@ def test_sigma_normalization_divides_by_sigma():
     torch.testing.assert_close(normal, plain / (1 - abar).sqrt().view(1, 2, 1, 1, 1))
 
 
-# --- the network -----------------------------------------------------------------------------------------------------
+# --- the network --------------------------------------------------------------------------------------------
 
 
 def test_grid_statistics_are_numpys():
@@ -61,7 +62,9 @@ def test_prototype_scores_are_the_formula():
     head = PrototypeHead(tiny_config())
     torch.nn.init.normal_(head.prototypes)
     embeddings, gates = torch.randn(5, 16), torch.rand(5, 16)
-    distances = (gates[:, None, None] * (embeddings[:, None, None] - head.prototypes).square()).sum(-1)  # (B, K, M)
+    distances = (gates[:, None, None] * (embeddings[:, None, None] - head.prototypes).square()).sum(
+        -1
+    )  # (B, K, M)
     torch.testing.assert_close(head.distances(embeddings, gates), distances, atol=1e-4, rtol=1e-4)
     tau = head.temperature
     assert 0.5 < tau.item() < 5
@@ -100,15 +103,20 @@ def test_several_crops_average_their_embeddings(model):
     together = model(latents=views)
     alone = model(latents=views.flatten(0, 1)).embeddings.view(2, 3, -1)
     torch.testing.assert_close(together.embeddings, alone.mean(dim=1))
-    assert model(pixel_values=torch.zeros(2, 3, 3, 32, 32), output_noisy_latents=True).noisy_latents.shape == (
-        2, 3, 3, 4, 8, 8,
-    )  # fmt: skip
+    noisy = model(pixel_values=torch.zeros(2, 3, 3, 32, 32), output_noisy_latents=True).noisy_latents
+    assert noisy.shape == (2, 3, 3, 4, 8, 8)
 
 
 @pytest.mark.parametrize(
     "backbone",
     [
-        {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        {
+            "model_type": "resnet",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        },
         {"model_type": "convnext", "patch_size": 1, "num_stages": 1, "hidden_sizes": [8], "depths": [1]},
     ],
 )
@@ -129,7 +137,7 @@ def test_wrong_input_is_named(model):
         ProtoLeakModel(tiny_config())(torch.zeros(1, 3, 32, 32))
 
 
-# --- the VAE ---------------------------------------------------------------------------------------------------------
+# --- the VAE ------------------------------------------------------------------------------------------------
 
 
 def test_latents_are_the_scaled_and_shifted_mode(model):
@@ -150,8 +158,9 @@ def test_latents_are_the_scaled_and_shifted_mode(model):
         ),
         lambda: AutoencoderDC(
             latent_channels=4, encoder_block_types=("ResBlock",) * 3, decoder_block_types=("ResBlock",) * 3,
-            encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, encoder_layers_per_block=(1,) * 3,
-            decoder_layers_per_block=(1,) * 3, encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3,
+            encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3,
+            encoder_layers_per_block=(1,) * 3, decoder_layers_per_block=(1,) * 3,
+            encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3,
         ),
     ],
 )  # fmt: skip
@@ -168,7 +177,7 @@ def test_the_vae_is_frozen_and_held_once(model):
     assert sum(module is model.vae for module in model.modules()) == 1
 
 
-# --- same image, same score ------------------------------------------------------------------------------------------
+# --- same image, same score ---------------------------------------------------------------------------------
 
 
 def test_scores_do_not_depend_on_the_batch(fitted_model):
@@ -180,7 +189,9 @@ def test_scores_do_not_depend_on_the_batch(fitted_model):
         for name in ("logits", "embeddings", "log_density", "p_values"):
             expected = together[name][place]
             torch.testing.assert_close(alone[name][0], expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(rolled[name].roll(-place, dims=0)[place], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                rolled[name].roll(-place, dims=0)[place], expected, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_evaluation_is_deterministic_and_fixed_by_the_noise_seed(model):
@@ -210,14 +221,20 @@ def test_scores_are_equal_in_fresh_processes(fitted_model, tmp_path):
     for threads in ("1", "2"):
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         run = subprocess.run(
-            [sys.executable, "-c", SCORE, tmp_path], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", SCORE, tmp_path],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         np.testing.assert_allclose([float(x) for x in run.stdout.split()], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_known_and_unknown_images_take_one_path(fitted_model):
-    """The score of an image can't depend on whether it is thought known: forward has no such argument, and what it
-    returns for an image is the same beside known and beside unknown ones."""
+    """
+    The score of an image can't depend on whether it is thought known: forward has no such argument, and gives
+    the same for an image beside known and beside unknown ones.
+    """
     image, known, unknown = latents(1, seed=1), latents(4, seed=2), latents(4, seed=3) * 5
     beside_known = fitted_model(latents=torch.cat([image, known]))
     beside_unknown = fitted_model(latents=torch.cat([image, unknown]))
@@ -234,7 +251,7 @@ def test_bfloat16_autocast_keeps_the_head_in_float32(model):
     torch.testing.assert_close(output.logits, model(latents=latents()).logits, atol=0.3, rtol=0.1)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def test_every_part_is_trained_and_survives_a_reload(model, tmp_path):
@@ -274,7 +291,7 @@ def test_the_loss_falls():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- saving ----------------------------------------------------------------------------------------------------------
+# --- saving -------------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_gives_the_same_scores(fitted_model, tmp_path):
@@ -287,7 +304,9 @@ def test_a_checkpoint_gives_the_same_scores(fitted_model, tmp_path):
     expected, found = fitted_model(pixels), reloaded(pixels)
     for name in ("logits", "embeddings", "log_density", "p_values"):
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(ProtoLeakModel.from_pretrained(tmp_path)(pixels).embeddings, expected.embeddings)
+    torch.testing.assert_close(
+        ProtoLeakModel.from_pretrained(tmp_path)(pixels).embeddings, expected.embeddings
+    )
     own = tiny_vae()
     assert ProtoLeakForImageAttribution.from_pretrained(tmp_path, vae=own).vae is own
 

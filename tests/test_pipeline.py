@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
-
 from protoleak import ImageAttributionPipeline
 from protoleak.cli_protoleak import main
 from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
+from transformers import pipeline
 
 from .conftest import LABELS
 
@@ -45,7 +44,11 @@ def test_a_record_says_what_the_numbers_say():
     assert (known["label"], known["score"], known["is_unknown"]) == ("a", pytest.approx(0.7), False)
     assert [a["label"] for a in known["attributions"]] == ["a", "real", "b"]
     unknown = attribution_record(probabilities, LABELS, log_density=-9.0, p_value=0.05, alpha=0.05)
-    assert (unknown["label"], unknown["score"], unknown["is_unknown"]) == ("unknown", pytest.approx(0.95), True)
+    assert (unknown["label"], unknown["score"], unknown["is_unknown"]) == (
+        "unknown",
+        pytest.approx(0.95),
+        True,
+    )
     assert unknown["attributions"] == known["attributions"]
     assert attribution_record(probabilities, LABELS, None, None, 0.05)["is_unknown"] is False
 
@@ -99,11 +102,18 @@ print(json.dumps(pipeline("image-attribution", model=sys.argv[1], trust_remote_c
 
 
 def test_transformers_loads_it_from_a_folder_without_the_package(checkpoint, images, tmp_path):
-    """In a fresh process, offline, and from a directory where `protoleak` is reached only through the checkpoint."""
+    """
+    In a fresh process, offline, and from a directory where `protoleak` is reached only through the
+    checkpoint.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     image = images / "0.png"
     run = subprocess.run(
-        [sys.executable, "-c", SNIPPET, checkpoint, image], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", SNIPPET, checkpoint, image],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
@@ -112,12 +122,14 @@ def test_transformers_loads_it_from_a_folder_without_the_package(checkpoint, ima
     assert found["log_density"] == pytest.approx(expected["log_density"], abs=1e-5)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_attribute_writes_a_record_a_file_and_goes_on_after_a_bad_one(checkpoint, images, tmp_path, capsys):
     output = tmp_path / "records.jsonl"
-    status = main(["attribute", str(images), "--model", str(checkpoint), "--output", str(output), "--batch_size", "4"])
+    status = main(
+        ["attribute", str(images), "--model", str(checkpoint), "--output", str(output), "--batch_size", "4"]
+    )
     assert status == 1
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [os.path.relpath(r["file"], images) for r in records] == sorted(

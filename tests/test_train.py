@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 from datasets import load_dataset
 from PIL import Image
-
 from protoleak import ProtoLeakForImageAttribution
 from protoleak.evaluation_protoleak import predict
 from protoleak.train import TrainingArguments, content_key, encode_split, load_splits, train
@@ -56,7 +55,9 @@ def _cache_in_tmp_path(tmp_path, monkeypatch):
 
 def arguments(tmp_path, folder, recipe, **changes) -> TrainingArguments:
     values = {"dataset_name": str(folder), "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
-    return TrainingArguments(**values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes)
+    return TrainingArguments(
+        **values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes
+    )
 
 
 def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
@@ -75,7 +76,9 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
     processor = __import__("protoleak").ProtoLeakImageProcessor.from_pretrained(tmp_path / "run")
     test = encode_split(splits["test"], ["real", "a", "b"], model, processor, Accelerator())
     predictions = predict(model, test, Accelerator())
-    assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(figures["accuracy"])
+    assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(
+        figures["accuracy"]
+    )
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
@@ -93,8 +96,8 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, folder, recipe):
         (folder / split / "b").rename(folder / split / "newer")
         (folder / split / "a").rename(folder / split / "new")
     tuned = arguments(
-        tmp_path, folder, recipe, model_name_or_path=str(tmp_path / "run"), output_dir=str(tmp_path / "tuned"),
-        num_train_epochs=2,
+        tmp_path, folder, recipe, model_name_or_path=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "tuned"), num_train_epochs=2,
     )  # fmt: skip
     train(tuned)
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "tuned")
