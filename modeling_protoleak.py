@@ -381,8 +381,8 @@ def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> n
         return diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, revision=revision, **hub)
     except Exception as error:
         raise OSError(
-            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: {error} "
-            f"-- pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
+            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: "
+            f"{error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
             f"config.vae_name_or_path to a local folder"
         ) from error
 
@@ -460,7 +460,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         latents = self.encode(pixel_values) if latents is None else latents
         if latents.ndim not in (4, 5):
             raise ValueError(
-                f"images must be (batch, channels, height, width), with crops after the batch if there are any; "
+                f"images must be (batch, channels, height, width), crops if any after the batch; "
                 f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
             )
         views = latents.shape[1:-3]  # () or (V,)

@@ -1,4 +1,4 @@
-"""Make LeakZoo, the embedded data set, and the bundled checkpoint's analysis VAE, from photographs to parquet.
+"""Make LeakZoo, the embedded data set, and the bundled checkpoint's analysis VAE, from photographs on.
 
     python leakzoo/make_leakzoo.py --work_dir ~/.cache/leakzoo
 
@@ -7,7 +7,7 @@ goes on from its last finished stage. ``--stages`` limits a run to some of them:
 side by side.
 On two CPU cores the whole takes about an hour and a half.
 
-Content matching. Every generator is conditioned on a "layout", a noisy 4x4 thumbnail, as a text-to-image
+Content matching. Every generator is conditioned on a "layout", a noisy 8x8 thumbnail, as a text-to-image
 model is on a prompt; patch ``i`` of every class in a split is made from the layout of the same real patch
 ``i``. So the classes show the same things, and what is left to learn is how they were made. Photographs are
 split into train, validation and test by photograph; autoencoders and diffusion models see patches of the
@@ -268,8 +268,8 @@ def to_tensor(patches: np.ndarray) -> torch.Tensor:
 
 
 def layouts(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """The condition of every generator: a noisy 4x4 thumbnail, spread over size x size. (N, 3, size, size)"""
-    thumbnails = F.adaptive_avg_pool2d(images, 4)
+    """The condition of every generator: a noisy 8x8 thumbnail, spread over size x size. (N, 3, size, size)"""
+    thumbnails = F.adaptive_avg_pool2d(images, 8)
     thumbnails = thumbnails + LAYOUT_NOISE * torch.randn(thumbnails.shape, generator=generator)
     return F.interpolate(thumbnails, size=(size, size), mode="bilinear")
 
@@ -659,7 +659,7 @@ Columns: `image`; `label`, a ClassLabel of the known classes, then the unknown o
 
 Photographs are reduced to shorter sides of {sides} pixels and cut into patches. Autoencoders and diffusion
 models learn from {pool:,} patches of the train photographs alone. Every generator is conditioned on a layout,
-a noisy 4x4 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
+a noisy 8x8 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
 layout of patch i. Decoders B and C were fitted to the latents of autoencoder A: generators that differ in the
 decoder alone sample from one denoiser.
 
