@@ -7,7 +7,7 @@ _MODULES = {
     "image_processing_protoleak": ["ProtoLeakImageProcessor"],
     "density_protoleak": ["GaussianKDE", "KnownDensity"],
     "modeling_protoleak": ["ProtoLeakForImageAttribution", "ProtoLeakModel"],
-    "pipeline_protoleak": ["ImageAttributionPipeline"],
+    "pipeline_protoleak": ["ImageAttributionPipeline", "ProtoLeakDiffusionPipeline"],
 }
 _OWNERS = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -80,6 +80,32 @@ def attribution_records(
             bar.update(len(chunk))
 
 
+def enroll(arguments: argparse.Namespace) -> int:
+    """`protoleak enroll`: one more generator, from a handful of its images, as a new checkpoint."""
+    import torch
+
+    from .image_processing_protoleak import ProtoLeakImageProcessor, find_images
+    from .modeling_protoleak import ProtoLeakForImageAttribution
+
+    target = Path(arguments.output_dir)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
+    model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
+    processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
+    files = find_images(arguments.images)
+    with torch.no_grad():
+        embeddings = [model(processor(file)["pixel_values"]).embeddings for file in files]
+    if not embeddings:
+        raise ValueError(f"no images found in {', '.join(arguments.images)}")
+    model.enroll(arguments.name, torch.cat(embeddings))
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    print(
+        f"{arguments.name} enrolled from {len(files)} images; {len(model.density.labels)} classes in {target}"
+    )
+    return 0
+
+
 def format_row(record: dict[str, Any]) -> str:
     """One attribution as a line of a table."""
     name = Path(record["file"]).name
@@ -105,6 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--output", help="write JSON lines to this file instead of a table")
     command.add_argument("--batch_size", type=int, default=16)
     command.set_defaults(run=attribute)
+    command = commands.add_parser("enroll", help="add a generator from a few images, without training")
+    command.add_argument("name", help="what to call it")
+    command.add_argument(
+        "images", nargs="+", help="its images: files, and folders, which are searched recursively"
+    )
+    command.add_argument("--model", default=str(HERE), help="checkpoint to extend (default: the bundled one)")
+    command.add_argument("--output_dir", required=True, help="new folder for the extended checkpoint")
+    command.set_defaults(run=enroll)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -166,6 +166,15 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         ]
         return (torch.cat(scores) + self._log_norm(self.bandwidth_, len(self.samples_))).cpu().numpy()
 
+    def leave_one_out(self) -> np.ndarray:
+        """Log density in nats of each fitted sample under the density of all others, (n,)."""
+        sums = [
+            self._log_kernel_sums(block, self.samples_, [self.bandwidth_], first=i * self.block_size)[0]
+            for i, block in enumerate(self.samples_.split(self.block_size))
+        ]
+        norm = self._log_norm(self.bandwidth_, max(1, len(self.samples_) - 1))
+        return (torch.cat(sums) + norm).cpu().numpy()
+
     def score(self, X: Any, y: Any = None) -> float:  # noqa: N803
         """Total log-likelihood of X in nats."""
         return float(self.score_samples(X).sum())
@@ -174,20 +183,25 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         return -math.log(n) - self.samples_.shape[1] / 2 * math.log(2 * math.pi * bandwidth**2)
 
     def _log_kernel_sums(
-        self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float]
+        self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float], first: int | None = None
     ) -> torch.Tensor:
         """
-        logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances. (len(h),
-        len(queries))
+        logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances: (len(h),
+        len(queries)).
+        With `first`, query i is sample first + i, and leaves itself out.
         """
         sums = torch.full(
             (len(bandwidths), len(queries)), -torch.inf, dtype=torch.float64, device=queries.device
         )
         query_norms = queries.square().sum(dim=1, keepdim=True)
-        for block in samples.split(self.block_size):
-            distances = torch.addmm(
-                query_norms + block.square().sum(dim=1), queries, block.T, alpha=-2
-            ).clamp_(min=0)
+        for start in range(0, len(samples), self.block_size):
+            block = samples[start : start + self.block_size]
+            norms = query_norms + block.square().sum(dim=1)
+            distances = torch.addmm(norms, queries, block.T, alpha=-2).clamp_(min=0)
+            if first is not None:
+                own = torch.arange(len(queries), device=queries.device) + first - start
+                inside = (own >= 0) & (own < len(block))
+                distances[inside.nonzero()[:, 0], own[inside]] = torch.inf
             for row, bandwidth in enumerate(bandwidths):
                 block_sum = torch.logsumexp(distances * (-0.5 / bandwidth**2), dim=1)
                 sums[row] = torch.logaddexp(sums[row], block_sum)
@@ -374,12 +388,30 @@ class KnownDensity(_Stateful):
         """
         self.labels = list(label_names)
         self.kde_ = GaussianKDE().fit(embeddings)
-        self.calibrate(held_out)
+        self.labels_ = torch.as_tensor(np.asarray(labels)).long()
+        self.held_out_ = _as_tensor(held_out).float()
+        self.calibration_ = torch.from_numpy(np.sort(self.kde_.score_samples(self.held_out_)))
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
 
-    def calibrate(self, held_out: Any) -> None:
-        self.calibration_ = torch.from_numpy(np.sort(self.kde_.score_samples(held_out)))
+    def enroll(self, name: str, embeddings: Any) -> "KnownDensity":
+        """
+        A new density that also knows `name`, from a few embeddings (n, D) of it, n at least 2.
+
+        Their log densities under all others join the calibration scores, so that the p-value stays an honest
+        one.
+        """
+        embeddings = _as_tensor(embeddings)
+        if name in self.labels:
+            raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
+        if len(embeddings) < 2:
+            raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(embeddings)}")
+        samples = torch.cat([self.kde_.samples_ + self.kde_.mean_, embeddings])
+        labels = torch.cat([self.labels_, torch.full((len(embeddings),), len(self.labels))])
+        enrolled = KnownDensity().fit(samples, labels, self.held_out_, [*self.labels, name])
+        own = torch.from_numpy(enrolled.kde_.leave_one_out()[-len(embeddings) :])
+        enrolled.calibration_ = torch.cat([enrolled.calibration_, own]).sort().values
+        return enrolled
 
     @property
     def embedding_size(self) -> int:

@@ -6,6 +6,7 @@ After "Proto-LeakNet: Towards Signal-Leak Aware Attribution in Synthetic Human F
 prototypes a class, embedding size; V: crops (views) of an image; C, H, W: latent channels, height, width.
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # transformers follows these lines when it copies a checkpoin
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
+
+PARKED = 1e4
 
 
 @dataclass
@@ -283,6 +286,16 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
             )
         self.base_model._modules["_vae"] = vae.requires_grad_(False).eval()
 
+    def to(self, *args, **kwargs):
+        """
+        As [`torch.nn.Module.to`], but a floating-point dtype is that of the VAE alone: it has nearly all of
+        the computation, and embeddings of a network rounded to half precision would not fit the density.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and self.vae is not None:
+            self.vae.to(dtype)
+        return super().to(device=device, non_blocking=non_blocking) if device is not None else self
+
     def train(self, mode: bool = True):
         super().train(mode)
         if self.vae is not None:
@@ -340,9 +353,19 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
             self._save_companions(Path(save_directory))
 
     def _save_companions(self, folder: Path) -> None:
+        scheduler = make_scheduler(self.config)
+        scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
-        make_scheduler(self.config).save_pretrained(folder / "scheduler")
+            for file in (folder / "vae").iterdir():
+                file.chmod(0o644)  # diffusers writes weights that only their owner can read
+            index = {
+                "_class_name": ["pipeline_protoleak", "ProtoLeakDiffusionPipeline"],
+                "vae": ["diffusers", type(self.vae).__name__],
+                "scheduler": ["diffusers", type(scheduler).__name__],
+                "attribution_model": [None, None],
+            }
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for part in ("configuration", "image_processing", "density", "modeling", "pipeline"):
             code = Path(__file__).with_name(f"{part}_protoleak.py").read_bytes()
             (folder / f"{part}_protoleak.py").write_bytes(code)
@@ -414,6 +437,22 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = (latents.float() - shift) * self.vae.config.scaling_factor
         return latents.unflatten(0, pixel_values.shape[:-3])
+
+    def set_scheduler(self, scheduler) -> None:
+        """Take over a diffusers scheduler's noise schedule; the config says so from then on."""
+        if getattr(scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(scheduler).__name__} has no alphas_cumprod, which the forward diffusion takes from it"
+            )
+        schedule = {name: scheduler.config[name] for name in self.config.noise_schedule}
+        expected = make_scheduler(type(self.config)(**{**self.config.to_dict(), **schedule})).alphas_cumprod
+        if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, atol=1e-6):
+            raise ValueError(
+                f"the noise schedule of {type(scheduler).__name__} is not made by {schedule} alone"
+            )
+        for name, value in schedule.items():
+            setattr(self.config, name, value)
+        self._constants.pop("alphas_cumprod", None)
 
     def alphas_cumprod(self) -> torch.Tensor:
         """abar at the config's timesteps, (T,), from the diffusers scheduler."""
@@ -559,12 +598,12 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
     # --- the density
 
     def probe(self) -> torch.Tensor:
-        """What the network makes of a fixed input, (D,): two networks with one probe are the same network."""
+        """What VAE and network make of a fixed image, (D,): with the same probe they are the same."""
         generator = torch.Generator("cpu").manual_seed(0)
-        latents = torch.randn(1, self.config.latent_channels, 16, 16, generator=generator)
+        pixel_values = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
         training = self.training
         with torch.no_grad():
-            embedding = self.eval().protoleak(latents=latents).embeddings[0].float().cpu()
+            embedding = self.eval().protoleak(pixel_values).embeddings[0].float().cpu()
         self.train(training)
         return embedding
 
@@ -576,6 +615,39 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         names = [self.config.id2label[k] for k in range(self.config.num_labels)]
         self.density = KnownDensity().fit(embeddings, labels, held_out, names)
         self.density.probe_ = self.probe()
+
+    @torch.no_grad()
+    def enroll(self, name: str, embeddings: torch.Tensor) -> None:
+        """
+        Learn one more generator without training: its prototypes are centres of its images' embeddings
+        (k-means), and density, scorers and calibration are fitted again.
+
+        Args:
+            name (`str`): The new class.
+            embeddings (`torch.FloatTensor` of shape `(num_images, embedding_size)`): From this model, of 2
+                images or
+                more.
+
+        Raises:
+            ValueError: there is no density to extend, the name is taken, or there are too few images.
+        """
+        from sklearn.cluster import KMeans
+
+        if self.density is None:
+            raise ValueError("this model has no density to extend; train it with train.py first")
+        density = self.density.enroll(name, embeddings)
+        prototypes = self.head.prototypes
+        centres = KMeans(min(prototypes.shape[1], max(1, len(embeddings) // 4)), n_init=10, random_state=0)
+        centres.fit(embeddings.float().cpu().numpy())
+        new = torch.full_like(
+            prototypes[:1], PARKED
+        )  # prototypes without a centre lie where no embedding comes
+        new[0, : centres.n_clusters] = torch.from_numpy(centres.cluster_centers_).to(new)
+        self.head.prototypes = nn.Parameter(torch.cat([prototypes, new]))
+        self.config.id2label = dict(enumerate(density.labels))
+        self.config.label2id = {label: k for k, label in enumerate(density.labels)}
+        density.probe_ = self.probe()
+        self.density = density
 
     def check_density(self, density: KnownDensity) -> None:
         """
@@ -592,12 +664,12 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
                 f"the density was fitted for {density.labels}, but this model's labels are {names}"
             )
         probe = self.probe()
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        tolerance = 1e-3 if {self.dtype, self.vae.dtype} == {torch.float32} else 0.1
         if not torch.allclose(
             probe, density.probe_.float(), atol=tolerance * float(density.probe_.abs().max()), rtol=0
         ):
             raise ValueError(
-                "the density was fitted for other weights or timesteps than these; fit it again with train.py"
+                "the density was fitted for other weights, timesteps or VAE; fit it again with train.py"
             )
 
     def _load_density(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:

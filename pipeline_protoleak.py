@@ -1,9 +1,17 @@
-"""Pipelines: `ImageAttributionPipeline` for transformers; the record of one attribution is made here."""
+"""
+Pipelines: `ImageAttributionPipeline` for transformers and `ProtoLeakDiffusionPipeline` for diffusers. The
+record of one attribution is made here.
 
+This module imports no other of the package: diffusers loads it alone.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 TASK = "image-attribution"
@@ -25,16 +33,14 @@ def attribution_record(
         probabilities: Of the known classes, (K,), summing to 1.
         labels (`list[str]`): Their names.
         log_density (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
-            `None` for a model
-            without a density, which then never answers "unknown".
+            `None` for a model without a density, which then never answers "unknown".
         alpha (`float`): The verdict is "unknown" when `p_value <= alpha`.
 
     Returns:
         `dict` with
         - label: a known class, or "unknown";
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
-          held-out known
-          images that look more like the known classes than this one;
+          held-out known images that look more like the known classes than this one;
         - is_unknown, p_value, log_density;
         - attributions: every known class with its probability, sorted.
     """
@@ -94,23 +100,139 @@ class ImageAttributionPipeline(Pipeline):
         return self.model(**model_inputs)
 
     def postprocess(self, model_outputs, alpha: float | None = None) -> dict[str, Any]:
-        config = self.model.config
-        has_density = model_outputs.get("p_values") is not None
-        return attribution_record(
-            model_outputs["logits"][0].double().softmax(dim=0),
-            [config.id2label[k] for k in range(config.num_labels)],
-            log_density=float(model_outputs["log_density"][0]) if has_density else None,
-            p_value=float(model_outputs["p_values"][0]) if has_density else None,
+        return records_of(model_outputs, self.model.config, alpha)[0]
+
+
+def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any]]:
+    """The records of a batch, from an `ImageAttributionOutput`."""
+    labels = [config.id2label[k] for k in range(config.num_labels)]
+    has_density = output.get("p_values") is not None
+    return [
+        attribution_record(
+            output["logits"][i].double().softmax(dim=0).cpu(),
+            labels,
+            log_density=float(output["log_density"][i]) if has_density else None,
+            p_value=float(output["p_values"][i]) if has_density else None,
             alpha=config.alpha if alpha is None else alpha,
         )
+        for i in range(len(output["logits"]))
+    ]
+
+
+@dataclass
+class ProtoLeakPipelineOutput(BaseOutput):
+    """
+    Args:
+        labels (`list[str]`): The verdict for each image, a known class or "unknown".
+        scores (`list[float]`), log_densities (`list[float]`), p_values (`list[float]`): As in the records.
+        records (`list[dict]`): See [`attribution_record`].
+        latents (`torch.FloatTensor`, *optional*):
+            The re-simulated z_t, `(batch_size, num_timesteps, channels, height, width)`.
+    """
+
+    labels: list[str]
+    scores: list[float]
+    log_densities: list[float | None]
+    p_values: list[float | None]
+    records: list[dict[str, Any]]
+    latents: torch.Tensor | None = None
+
+
+class ProtoLeakDiffusionPipeline(DiffusionPipeline):
+    """
+    Attribution as a diffusers pipeline: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
+
+    Components are `vae`, `scheduler` (its noise schedule is what is re-simulated) and `attribution_model`,
+    which is loaded on first use and shares the VAE. A VAE or scheduler that is swapped in is used from then
+    on; the density doesn't fit it, which is an error until `attribution_model.density` is fitted anew or
+    `None`.
+    """
+
+    _optional_components = ["attribution_model"]
+
+    def __init__(self, vae, scheduler, attribution_model=None):
+        super().__init__()
+        self.register_modules(vae=vae, scheduler=scheduler, attribution_model=attribution_model)
+        self._image_processor = None
+
+    def _prepare(self):
+        """The attribution model with this pipeline's VAE and noise schedule, and a density that fits them."""
+        source = self.config._name_or_path
+        if self.attribution_model is None:
+            model = AutoModelForImageClassification.from_pretrained(
+                source, trust_remote_code=True, vae=self.vae
+            )
+            self.register_modules(attribution_model=model.to(self.vae.device).eval())
+        if self._image_processor is None:
+            self._image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
+        model = self.attribution_model
+        if model.vae is not self.vae:
+            model.attach_vae(self.vae)
+        model.protoleak.set_scheduler(self.scheduler)
+        if model.density is not None:
+            model.check_density(model.density)
+        return model
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Any,
+        batch_size: int = 16,
+        alpha: float | None = None,
+        output_latents: bool = False,
+        return_dict: bool = True,
+    ) -> ProtoLeakPipelineOutput | tuple:
+        """
+        Args:
+            images: One image or a list of them: path, URL, bytes, PIL image, array.
+            batch_size (`int`): Images that go through the VAE together.
+            alpha (`float`, *optional*): Level of the "unknown" verdict, instead of the config's.
+            output_latents (`bool`): Whether to return the re-simulated latents of every timestep.
+        """
+        model = self._prepare()
+        images = images if isinstance(images, list | tuple) else [images]
+        records, latents = [], []
+        for start in self.progress_bar(range(0, len(images), batch_size)):
+            pixel_values = self._image_processor(images[start : start + batch_size])["pixel_values"]
+            output = model(pixel_values.to(self.vae.device), output_noisy_latents=output_latents)
+            records += records_of(output, model.config, alpha)
+            latents.append(output.get("noisy_latents"))
+        result = ProtoLeakPipelineOutput(
+            labels=[record["label"] for record in records],
+            scores=[record["score"] for record in records],
+            log_densities=[record["log_density"] for record in records],
+            p_values=[record["p_value"] for record in records],
+            records=records,
+            latents=torch.cat(latents) if output_latents and latents else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def enable_vae_slicing(self) -> None:
+        """Encode one image after another."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Encode a batch at once again."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Encode large images in tiles."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Encode whole images again."""
+        self.vae.disable_tiling()
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """Write a checkpoint that every loader takes: weights, VAE, density, processor and code."""
+        self._prepare().save_pretrained(save_directory, *args, **kwargs)
+        self._image_processor.save_pretrained(save_directory)
 
 
 if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-    from transformers import AutoModelForImageClassification
-
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ImageAttributionPipeline, pt_model=AutoModelForImageClassification, type="image"
     )
 
 
-__all__ = ["ImageAttributionPipeline", "attribution_record"]
+__all__ = ["ImageAttributionPipeline", "ProtoLeakDiffusionPipeline", "attribution_record"]

@@ -217,3 +217,29 @@ def test_damaged_files_are_named(content, tmp_path):
     (tmp_path / "density.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"density\.pkl was refused"):
         KnownDensity.load(tmp_path / "density.pkl")
+
+
+def test_leave_one_out_leaves_one_out(blobs):
+    samples = blobs[0][:40]
+    kde = GaussianKDE(bandwidth=0.8, block_size=16).fit(samples)
+    expected = [
+        GaussianKDE(bandwidth=0.8).fit(np.delete(samples, i, axis=0)).score_samples(samples[i : i + 1])[0]
+        for i in range(40)
+    ]
+    np.testing.assert_allclose(kde.leave_one_out(), expected, atol=1e-6)
+
+
+def test_enrolling_extends_the_density(density, blobs):
+    rng = np.random.default_rng(5)
+    new = rng.normal(size=(10, 128)) * 0.5 + 6
+    queries = rng.normal(size=(20, 128)) * 0.5 + 6
+    enrolled = density.enroll("c", new)
+    assert enrolled.labels == ["real", "a", "b", "c"]
+    assert (density.p_value(density.log_density(queries)) <= 0.05).all()
+    assert (enrolled.p_value(enrolled.log_density(queries)) > 0.05).mean() > 0.8
+    assert (enrolled.scorers_["mahalanobis"].score_samples(queries).argmax(1) == 3).all()
+    assert len(enrolled.calibration_) == len(density.calibration_) + 10
+    with pytest.raises(ValueError, match="already known"):
+        density.enroll("a", new)
+    with pytest.raises(ValueError, match="at least 2"):
+        density.enroll("c", new[:1])

@@ -90,3 +90,11 @@ def test_degenerate_input_is_refused(metric, scores, change, message):
 def test_an_unknown_configuration_is_refused():
     with pytest.raises(ValueError, match="other"):
         evaluate.load(str(ROOT / "evaluate_protoleak"), "other")
+
+
+def test_the_cards_example_says_what_it_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    card = (ROOT / "evaluate_protoleak" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == code.rsplit("# ", 1)[1].strip()
