@@ -84,6 +84,7 @@ def enroll(arguments: argparse.Namespace) -> int:
     """`protoleak enroll`: one more generator, from a handful of its images, as a new checkpoint."""
     import torch
 
+    from .card_protoleak import write_card
     from .image_processing_protoleak import ProtoLeakImageProcessor, find_images
     from .modeling_protoleak import ProtoLeakForImageAttribution
 
@@ -100,6 +101,9 @@ def enroll(arguments: argparse.Namespace) -> int:
     model.enroll(arguments.name, torch.cat(embeddings))
     model.save_pretrained(target)
     processor.save_pretrained(target)
+    origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
+    command = f"protoleak enroll {arguments.name} IMAGES --model {arguments.model} --output_dir {target}"
+    write_card(target, model, origin, command)
     print(
         f"{arguments.name} enrolled from {len(files)} images; {len(model.density.labels)} classes in {target}"
     )

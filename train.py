@@ -9,6 +9,7 @@ Every image passes the VAE once: its latents are cached under the `datasets` cac
 weights, the image processor and the image files' content.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -25,7 +26,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
+from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.card_protoleak import write_card
 from protoleak.evaluation_protoleak import format_summary, predict, summarize
 from protoleak.image_processing_protoleak import SUFFIXES
 from protoleak.modeling_protoleak import load_vae
@@ -70,6 +73,12 @@ class TrainingArguments:
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    report_to: str | None = field(
+        default=None, metadata={"help": "A tracker of Accelerate, such as tensorboard or wandb."}
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Hub id that the finished checkpoint is uploaded to."}
+    )
     seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
 
 
@@ -286,6 +295,7 @@ def fit(
             ),
         }
         history.append(row)
+        accelerator.log(row, step=epoch)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
         if not math.isfinite(row["train_loss"]):
             raise ValueError(f"the loss became {row['train_loss']} in epoch {epoch}; lower learning_rate")
@@ -311,7 +321,13 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     Train, fit the density and the scorers, write the checkpoint to `output_dir`, and return the summary.
     """
     started = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to,
+        project_dir=arguments.output_dir,
+    )
+    if arguments.report_to:
+        accelerator.init_trackers("protoleak", config=dataclasses.asdict(arguments))
     set_seed(arguments.seed)
     splits = load_splits(arguments.dataset_name, arguments.seed)
     label_names = sorted(set(splits["train"]["label"]), key=lambda name: (name != "real", name))
@@ -341,8 +357,12 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         "history": history,
     }
     if accelerator.is_main_process:
-        save(model, processor, summary, Path(arguments.output_dir))
-    accelerator.wait_for_everyone()
+        save(model, processor, summary, arguments)
+        if arguments.push_to_hub:
+            hub = HfApi()
+            hub.create_repo(arguments.push_to_hub, exist_ok=True)
+            hub.upload_folder(repo_id=arguments.push_to_hub, folder_path=arguments.output_dir)
+    accelerator.end_training()
     return summary
 
 
@@ -350,12 +370,21 @@ def save(
     model: ProtoLeakForImageAttribution,
     processor: ProtoLeakImageProcessor,
     summary: dict[str, Any],
-    folder: Path,
+    arguments: TrainingArguments,
 ) -> None:
-    """Write a checkpoint that every loader takes, with its figures in metrics.json."""
+    """Write a checkpoint that every loader takes, with its figures in metrics.json and in its card."""
+    folder = Path(arguments.output_dir)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
+    write_card(folder, model, origin, _command(arguments), summary)
+
+
+def _command(arguments: TrainingArguments) -> str:
+    changed = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
+    changed = {name: value for name, value in changed.items() if value != getattr(TrainingArguments, name)}
+    return " ".join(["python train.py", *(f"--{name} {value}" for name, value in changed.items())])
 
 
 def main() -> None:

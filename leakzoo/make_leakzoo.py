@@ -49,7 +49,7 @@ SHORTER_SIDES = (
     432,
 )  # a photograph is reduced to these before it is cut: JPEG traces of the source go away
 LAYOUT_NOISE = 0.1
-LATENT_CHANNELS = 8  # of the generators; the analysis autoencoder has ANALYSIS_CHANNELS
+LATENT_CHANNELS = 4  # of the generators; the analysis autoencoder has ANALYSIS_CHANNELS
 ANALYSIS_CHANNELS = 16
 
 LOMIRI = "lomiri-wallpapers-16.04"
@@ -222,7 +222,7 @@ def fetch_photo(photo: Photo, folder: Path) -> Image.Image:
 def photo_scales(image: Image.Image) -> list[np.ndarray]:
     """The photograph reduced to each of SHORTER_SIDES (never enlarged), as uint8 arrays (H, W, 3)."""
     shorter = min(image.size)
-    sides = [side for side in SHORTER_SIDES if side * 1.25 <= shorter]
+    sides = [side for side in SHORTER_SIDES if side * 1.25 <= shorter] or [shorter]
     return [
         np.asarray(image.resize([round(n * side / shorter) for n in image.size], Image.Resampling.LANCZOS))
         for side in sides
@@ -432,21 +432,21 @@ def psnr(decoded: torch.Tensor, images: torch.Tensor) -> float:
 
 def make_denoiser(generator: Generator) -> UNet2DModel:
     """
-    A small UNet over latents (16x16x8) or pixels (64x64x3), with the layout as three more input channels.
+    A small UNet over 2x2 patches of latents or 4x4 patches of pixels, with the layout as three more channels.
     """
-    channels, size, widths = (
-        (LATENT_CHANNELS, SIZE // 4, (48, 96, 128)) if generator.decoder else (3, SIZE, (24, 48, 96, 128))
-    )
+    patch, channels = (2, LATENT_CHANNELS) if generator.decoder else (4, 3)
+    size = SIZE // 4 // patch if generator.decoder else SIZE // patch
+    widths = (64, 128) if generator.decoder else (64, 96, 128)
     plain = len(widths) - 1
     return UNet2DModel(
         sample_size=size,
-        in_channels=channels + 3,
-        out_channels=channels,
+        in_channels=channels * patch**2 + 3,
+        out_channels=channels * patch**2,
         layers_per_block=1,
         block_out_channels=widths,
         down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-        norm_num_groups=8,
+        norm_num_groups=16,
         attention_head_dim=32,
     )
 
@@ -471,16 +471,16 @@ def predict_velocity(
     denoiser: UNet2DModel, noisy: torch.Tensor, layout: torch.Tensor, times: torch.Tensor, is_flow: bool
 ) -> torch.Tensor:
     """
-    The UNet's prediction. For a flow it is preconditioned to unit variance (Karras et al. 2022): with s^2 =
-    (1 - sigma)^2 + sigma^2 the network sees x / s and gives F, and noise - clean is (2 sigma - 1) / s^2 x + F
-    / s.
+    The UNet's prediction for `noisy` (N, C, h, w), cut into the patches that it works on. For a flow it is
+    preconditioned to unit variance (Karras et al. 2022): with s^2 = (1 - sigma)^2 + sigma^2 the network sees
+    x / s and gives F, and noise - clean is (2 sigma - 1) / s^2 x + F / s.
     """
-    if not is_flow:
-        return denoiser(torch.cat([noisy, layout], dim=1), times).sample
     sigma = (times / 1000).view(-1, 1, 1, 1)
-    scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
-    output = denoiser(torch.cat([noisy / scale, layout], dim=1), times).sample
-    return (2 * sigma - 1) / scale**2 * noisy + output / scale
+    scale = ((1 - sigma) ** 2 + sigma**2).sqrt() if is_flow else 1.0
+    patch = noisy.shape[-1] // layout.shape[-1]
+    patches = torch.cat([F.pixel_unshuffle(noisy / scale, patch), layout], dim=1)
+    output = F.pixel_shuffle(denoiser(patches, times).sample, patch)
+    return (2 * sigma - 1) / scale**2 * noisy + output / scale if is_flow else output
 
 
 def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
@@ -488,12 +488,12 @@ def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
     images, generator = to_tensor(zoo.patches["pool"]), zoo.generator(f"denoiser {spec.name}")
     clean = zoo.latents() if spec.decoder else images
     denoiser, scheduler = make_denoiser(spec), spec.make_scheduler()
-    steps, batch = (1000, 32) if spec.decoder else (1000, 8)
+    steps = 2500 if spec.decoder else 1000
 
     def loss_of_step(step: int) -> torch.Tensor:
-        index = torch.randint(len(clean), (batch,), generator=generator)
+        index = torch.randint(len(clean), (32,), generator=generator)
         noisy, times, velocity = noisy_and_velocity(spec, scheduler, clean[index], generator)
-        layout = layouts(images[index], clean.shape[-1], generator)
+        layout = layouts(images[index], denoiser.config.sample_size, generator)
         is_flow = spec.scheduler is FlowMatchEulerDiscreteScheduler
         return F.mse_loss(predict_velocity(denoiser, noisy, layout, times, is_flow), velocity)
 
@@ -519,7 +519,8 @@ class LayoutToImagePipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """(N, 3, h, w) layouts -> (N, 3, H, W) images in [-1, 1]."""
         is_flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        shape = (len(layout), self.unet.config.out_channels, *layout.shape[2:])
+        channels, reduction = (LATENT_CHANNELS, 4) if self.decoder is not None else (3, 1)
+        shape = (len(layout), channels, SIZE // reduction, SIZE // reduction)
         self.scheduler.set_timesteps(num_inference_steps)
         sample = torch.randn(shape, generator=generator) * (
             1.0 if is_flow else self.scheduler.init_noise_sigma
@@ -775,7 +776,7 @@ class Zoo:
         path = self.work_dir / f"autoencoder_{name}"
         if not path.exists():
             self.generator(name)
-            channels, steps = (ANALYSIS_CHANNELS, 5000) if name == "analysis" else (LATENT_CHANNELS, 2500)
+            channels, steps = (ANALYSIS_CHANNELS, 4000) if name == "analysis" else (LATENT_CHANNELS, 2500)
             partial = path.with_name(path.name + ".partial")
             train_autoencoder(self, name, make_autoencoder(channels), steps).save_pretrained(partial)
             partial.rename(path)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import load_dataset
+from huggingface_hub import ModelCard
 from PIL import Image
-from protoleak import ProtoLeakForImageAttribution
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation_protoleak import predict
 from protoleak.train import TrainingArguments, content_key, encode_split, load_splits, train
 
@@ -69,11 +70,17 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
     for name, (low, high) in summary["intervals"].items():
         assert low <= figures[name] <= high, name
     assert json.loads((tmp_path / "run/metrics.json").read_text())["figures"] == figures
+    card = ModelCard.load(tmp_path / "run/README.md")
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert results == {name: value for name, value in figures.items() if name != "per_class_auc"}
+    assert card.data.license == "mit"
+    for value in results.values():
+        assert f"{value:.4f}" in card.text
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
     assert model.density.labels == ["real", "a", "b"]
     # the figures are those of the checkpoint that was written
     splits = load_splits(str(folder))
-    processor = __import__("protoleak").ProtoLeakImageProcessor.from_pretrained(tmp_path / "run")
+    processor = ProtoLeakImageProcessor.from_pretrained(tmp_path / "run")
     test = encode_split(splits["test"], ["real", "a", "b"], model, processor, Accelerator())
     predictions = predict(model, test, Accelerator())
     assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(

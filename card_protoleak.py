@@ -1,0 +1,88 @@
+"""The model card of a checkpoint: README.md rendered from model_card.md with the figures of its own run."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .evaluation_protoleak import TITLES
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+MARK = "Rendered by protoleak from model_card.md."
+PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "scikit-learn")
+
+
+def write_card(
+    folder: Path, model: Any, origin: str, command: str, summary: dict[str, Any] | None = None
+) -> ModelCard | None:
+    """
+    Write README.md into a checkpoint's folder, unless there is one that this function didn't write.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        model ([`ProtoLeakForImageAttribution`]): What was saved there.
+        origin (`str`): A sentence on where the weights come from.
+        command (`str`): What makes the checkpoint again.
+        summary (`dict`, *optional*): From [`summarize`], with `dataset`; without, the card has no figures.
+    """
+    path = folder / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return None
+    config = model.config
+    card = ModelCard.from_template(
+        _card_data(folder.resolve().name, summary),
+        template_path=str(TEMPLATE),
+        title=folder.resolve().name,
+        origin=origin,
+        command=command,
+        labels=[config.id2label[k] for k in range(config.num_labels)],
+        vae=type(model.vae).__name__,
+        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
+        **{name: getattr(config, name) for name in ("num_prototypes", "alpha")},
+        **_figures(summary),
+    )
+    card.save(path)
+    return card
+
+
+def _figures(summary: dict[str, Any] | None) -> dict[str, Any]:
+    if summary is None:
+        return {"figures": []}
+    rows = [
+        {"title": title, "value": summary["figures"][name], "low": low, "high": high}
+        for name, title in TITLES.items()
+        if name in summary["figures"]
+        for low, high in [summary["intervals"][name]]
+    ]
+    parts = {name: summary[name] for name in ("dataset", "num_test", "num_unknown")}
+    return {"figures": rows, "per_class_auc": summary["figures"]["per_class_auc"], **parts}
+
+
+def _card_data(name: str, summary: dict[str, Any] | None) -> ModelCardData:
+    results = []
+    if summary is not None:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image attribution",
+                dataset_type=summary["dataset"],
+                dataset_name=summary["dataset"],
+                dataset_split="test",
+                metric_type=metric,
+                metric_name=title,
+                metric_value=summary["figures"][metric],
+            )
+            for metric, title in TITLES.items()
+            if metric in summary["figures"]
+        ]
+    return ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-attribution", "synthetic-image-detection", "open-set", "signal-leak"],
+        datasets=[summary["dataset"]] if summary is not None else None,
+        model_name=name,
+        eval_results=results or None,
+    )
