@@ -1,0 +1,138 @@
+"""Save, reload and use, in fresh processes and offline, from a folder and from the Hub's cache."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCard
+from protoleak import ProtoLeakForImageAttribution
+from protoleak.cli_protoleak import main
+
+from .conftest import tiny_vae
+from .hub_matrix import LOADERS, differences, make_kinds
+from .test_train import _cache_in_tmp_path, folder  # noqa: F401 (fixtures)
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path):
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):  # noqa: F811
+    enroll = [str(path) for path in sorted((folder / "unknown/c").iterdir())[:4]]
+    kinds = make_kinds(checkpoint, tmp_path / "kinds", str(folder), enroll)
+    table = differences(kinds, enroll[0], tmp_path / "kinds" / "hf")
+    assert set(table) == {"local", "Hub cache", "re-saved", "fine-tuned", "enrolled"}
+    for kind, row in table.items():
+        assert set(row) == set(LOADERS)
+        for loader, difference in row.items():
+            assert difference <= 1e-5, (kind, loader)
+    assert "newcomer" in ModelCard.load(tmp_path / "kinds/enrolled/README.md").text
+
+
+# --- diffusers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe(checkpoint):
+    pipe = DiffusionPipeline.from_pretrained(str(checkpoint), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_diffusion_pipeline_gives_the_models_numbers(pipe, checkpoint, processor, photo):
+    result = pipe([photo, photo], output_latents=True)
+    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
+    output = model(**processor([photo, photo]), output_noisy_latents=True)
+    torch.testing.assert_close(torch.tensor(result.log_densities, dtype=torch.float64), output.log_density)
+    torch.testing.assert_close(result.latents, output.noisy_latents)
+    assert result.latents.shape == (2, 3, 4, 8, 8)
+    assert result.labels == [record["label"] for record in result.records]
+    assert pipe.attribution_model.vae is pipe.vae
+    assert pipe(photo, return_dict=False)[0] == result.labels[:1]
+
+
+def test_dtype_is_that_of_the_vae_and_the_head_stays_in_float32(pipe, photo):
+    expected = pipe(photo).log_densities[0]
+    pipe.to(torch.bfloat16)
+    assert pipe.vae.dtype == torch.bfloat16
+    assert pipe.attribution_model.dtype == torch.float32
+    assert pipe(photo).log_densities[0] == pytest.approx(expected, rel=0.2)
+
+
+def test_a_swapped_scheduler_or_vae_does_not_keep_the_old_density(pipe, photo):
+    pipe(photo)
+    before = pipe.scheduler
+    pipe.scheduler = DDPMScheduler()  # linear betas
+    with pytest.raises(ValueError, match="fitted for other"):
+        pipe(photo)
+    pipe.attribution_model.density = None
+    assert pipe(photo).p_values == [None]
+    assert pipe.attribution_model.config.beta_schedule == "linear"
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="alphas_cumprod"):
+        pipe(photo)
+    pipe.scheduler = before
+    pipe.vae = tiny_vae(16)
+    with pytest.raises(ValueError, match="latent_channels = 16"):
+        pipe(photo)
+
+
+def test_a_swapped_vae_of_other_weights_is_noticed(pipe, photo):
+    pipe(photo)
+    other = tiny_vae()
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    pipe.vae = other
+    with pytest.raises(ValueError, match="fitted for other"):
+        pipe(photo)
+
+
+def test_slicing_changes_nothing(pipe, photo):
+    expected = pipe([photo, photo]).log_densities
+    pipe.enable_vae_slicing()
+    assert pipe([photo, photo]).log_densities == pytest.approx(expected, abs=1e-5)
+
+
+# --- what is wrong is said ----------------------------------------------------------------------------------
+
+LOAD = "import sys; from transformers import {name}; {call}"
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "message"),
+    [
+        ("pipeline", "pipeline('image-attribution', model=sys.argv[1])", "trust_remote_code=True"),
+        (
+            "pipeline",
+            "pipeline('image-atribution', model=sys.argv[1], trust_remote_code=True)",
+            "image-atribution",
+        ),
+    ],
+)
+def test_wrong_loading_is_explained(checkpoint, name, call, message):
+    code = LOAD.format(name=name, call=call)
+    run = subprocess.run(
+        [sys.executable, "-c", code, checkpoint], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert run.returncode != 0
+    assert message in run.stderr
+
+
+def test_enrolling_is_careful(checkpoint, folder, tmp_path, capsys):  # noqa: F811
+    images = str(folder / "unknown/c")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious.txt").write_text("")
+    for arguments, message in (
+        (["c", images, "--output_dir", str(tmp_path / "full")], "not empty"),
+        (["real", images, "--output_dir", str(tmp_path / "new")], "already known"),
+        (["c", f"{images}/0.png", "--output_dir", str(tmp_path / "new")], "at least 2 images"),
+        (["c", str(tmp_path / "full"), "--output_dir", str(tmp_path / "new")], "no images found"),
+    ):
+        assert main(["enroll", *arguments, "--model", str(checkpoint)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
