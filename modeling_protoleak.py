@@ -617,6 +617,22 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         self.density.probe_ = self.probe()
 
     @torch.no_grad()
+    def set_labels(self, names: list[str]) -> None:
+        """
+        Make `names` the classes: a class that was known keeps its prototypes, a new one begins at random.
+        """
+        known = {self.config.id2label[k]: k for k in range(self.config.num_labels)}
+        old = self.head.prototypes
+        new = torch.randn(len(names), *old.shape[1:], dtype=old.dtype).to(old.device) * 0.5
+        for k, name in enumerate(names):
+            if name in known:
+                new[k] = old[known[name]]
+        self.head.prototypes = nn.Parameter(new)
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: k for k, name in enumerate(names)}
+        self.density = None
+
+    @torch.no_grad()
     def enroll(self, name: str, embeddings: torch.Tensor) -> None:
         """
         Learn one more generator without training: its prototypes are centres of its images' embeddings
@@ -636,16 +652,14 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         if self.density is None:
             raise ValueError("this model has no density to extend; train it with train.py first")
         density = self.density.enroll(name, embeddings)
-        prototypes = self.head.prototypes
-        centres = KMeans(min(prototypes.shape[1], max(1, len(embeddings) // 4)), n_init=10, random_state=0)
-        centres.fit(embeddings.float().cpu().numpy())
-        new = torch.full_like(
-            prototypes[:1], PARKED
-        )  # prototypes without a centre lie where no embedding comes
-        new[0, : centres.n_clusters] = torch.from_numpy(centres.cluster_centers_).to(new)
-        self.head.prototypes = nn.Parameter(torch.cat([prototypes, new]))
-        self.config.id2label = dict(enumerate(density.labels))
-        self.config.label2id = {label: k for k, label in enumerate(density.labels)}
+        count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
+        centres = (
+            KMeans(count, n_init=10, random_state=0).fit(embeddings.float().cpu().numpy()).cluster_centers_
+        )
+        self.set_labels(density.labels)
+        new = self.head.prototypes[-1]
+        new.fill_(PARKED)  # prototypes without a centre lie where no embedding comes
+        new[:count] = torch.from_numpy(centres).to(new)
         density.probe_ = self.probe()
         self.density = density
 

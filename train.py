@@ -242,13 +242,12 @@ def make_model(
     processor = ProtoLeakImageProcessor(
         **ProtoLeakImageProcessor.get_image_processor_dict(source)[0] | overrides
     )
-    id2label = dict(enumerate(label_names))
-    label2id = {name: k for k, name in id2label.items()}
     if arguments.model_name_or_path:
-        model = ProtoLeakForImageAttribution.from_pretrained(
-            source, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True
-        )
+        model = ProtoLeakForImageAttribution.from_pretrained(source)
+        model.set_labels(label_names)
     else:
+        id2label = dict(enumerate(label_names))
+        label2id = {name: k for k, name in id2label.items()}
         config = ProtoLeakConfig.from_pretrained(source, id2label=id2label, label2id=label2id)
         model = ProtoLeakForImageAttribution(config)
         model.attach_vae(load_vae(source, config))
@@ -332,7 +331,6 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     splits = load_splits(arguments.dataset_name, arguments.seed)
     label_names = sorted(set(splits["train"]["label"]), key=lambda name: (name != "real", name))
     model, processor = make_model(arguments, label_names)
-    model.density = None  # it will be fitted to the new weights
     model.to(accelerator.device)
     data = {
         split: encode_split(rows, label_names, model, processor, accelerator)

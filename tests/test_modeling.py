@@ -357,3 +357,29 @@ def test_a_missing_vae_is_explained(model, tmp_path):
 def test_a_random_density_answers_finite_numbers(fitted_model):
     fit_random_density(fitted_model, seed=3)
     assert torch.isfinite(fitted_model(latents=latents() * 100).log_density).all()
+
+
+def test_known_classes_keep_their_prototypes(fitted_model):
+    before = fitted_model.head.prototypes.detach().clone()
+    fitted_model.set_labels(["new", "b", "real"])
+    after = fitted_model.head.prototypes
+    assert torch.equal(after[1], before[2])
+    assert torch.equal(after[2], before[0])
+    assert not torch.equal(after[0], before[1])
+    assert fitted_model.config.id2label == {0: "new", 1: "b", 2: "real"}
+    assert fitted_model.density is None
+    assert fitted_model(latents=latents()).logits.shape == (3, 3)
+
+
+def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
+    near = fitted_model(latents=latents(8) * 0.1 + 3).embeddings.detach()
+    fitted_model.enroll("new", near)
+    output = fitted_model(latents=latents(4, seed=9) * 0.1 + 3)
+    assert (output.logits.argmax(dim=1) == 3).all()
+    assert (output.p_values > 0.05).all()
+    fitted_model.save_pretrained(tmp_path)
+    reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(latents=latents()).logits, fitted_model(latents=latents()).logits)
+    fitted_model.density = None
+    with pytest.raises(ValueError, match="no density"):
+        fitted_model.enroll("newer", near)
