@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderDC,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -154,13 +155,18 @@ class Generator:
     known: bool = True
     denoiser: str = ""  # the generator whose trained weights it samples from; its own when empty
     decoder: str | None = "a"
-    scheduler: type = DDIMScheduler
-    schedule: dict = field(default_factory=dict)
+    noise: dict = field(default_factory=dict)  # its noise schedule, as arguments of a diffusers scheduler
     offset_noise: float = 0.0
-    sampling_steps: int = 50
+    sampler: type = EulerAncestralDiscreteScheduler
+    sampler_options: dict = field(default_factory=dict)
+    sampling_steps: int = 25
 
-    def make_scheduler(self):
-        return self.scheduler(**self.schedule)
+    @property
+    def is_flow(self) -> bool:
+        return self.sampler is FlowMatchEulerDiscreteScheduler
+
+    def make_sampler(self):
+        return self.sampler(**self.noise, **self.sampler_options)
 
 
 STABLE = dict(
@@ -168,36 +174,40 @@ STABLE = dict(
 )
 COSINE = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")
 GENERATORS = (
-    Generator("ldm", "scaled-linear betas, v-prediction, DDIM 50, decoder A", schedule=STABLE | DDIM),
-    Generator("ldm_decoder_b", "as ldm, decoder B", denoiser="ldm", decoder="b", schedule=STABLE | DDIM),
-    Generator("ldm_cosine", "as ldm, cosine betas", schedule=COSINE | DDIM),
-    Generator("ldm_offset_noise", "as ldm, offset noise 0.1", schedule=STABLE | DDIM, offset_noise=0.1),
-    Generator("ldm_zero_snr", "as ldm, zero terminal SNR, trailing steps", schedule=STABLE | DDIM | ZERO_SNR),
+    Generator("ldm", "scaled-linear betas, v-prediction, Euler ancestral 25, decoder A", noise=STABLE),
+    Generator("ldm_decoder_b", "as ldm, decoder B", denoiser="ldm", decoder="b", noise=STABLE),
+    Generator("ldm_cosine", "as ldm, cosine betas", noise=COSINE),
+    Generator("ldm_offset_noise", "as ldm, offset noise 0.1", noise=STABLE, offset_noise=0.1),
+    Generator(
+        "ldm_zero_snr",
+        "as ldm, zero terminal SNR, trailing steps",
+        noise=STABLE | dict(rescale_betas_zero_snr=True),
+        sampler_options=dict(timestep_spacing="trailing"),
+    ),
     Generator(
         "flow_matching",
-        "rectified flow, logit-normal times, Euler 50, decoder A",
-        scheduler=FlowMatchEulerDiscreteScheduler,
+        "rectified flow, logit-normal times, stochastic Euler 25, decoder A",
+        sampler=FlowMatchEulerDiscreteScheduler,
+        sampler_options=dict(stochastic_sampling=True),
     ),
+    Generator("ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", noise=STABLE),
     Generator(
-        "ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", schedule=STABLE | DDIM
-    ),
-    Generator(
-        "ldm_ancestral",
-        "as ldm, sampled by Euler ancestral, 20 steps",
+        "ldm_ddim",
+        "as ldm, sampled by deterministic DDIM, 50 steps",
         known=False,
         denoiser="ldm",
-        scheduler=EulerAncestralDiscreteScheduler,
-        schedule=STABLE,
-        sampling_steps=20,
+        noise=STABLE,
+        sampler=DDIMScheduler,
+        sampler_options=DDIM,
+        sampling_steps=50,
     ),
     Generator(
         "pixel_diffusion",
-        "pixel space, cosine betas, v-prediction, DDIM 50",
+        "as ldm_cosine, in pixel space, no decoder",
         known=False,
         decoder=None,
-        schedule=COSINE | DDIM,
+        noise=COSINE,
     ),
 )
 
@@ -458,7 +468,7 @@ def noisy_and_velocity(
     A batch of noisy samples, their times, and the velocity to be predicted, by the generator's own process.
     """
     noise = torch.randn(clean.shape, generator=generator)
-    if spec.scheduler is FlowMatchEulerDiscreteScheduler:  # Esser et al. 2024, eq. 1 and 19
+    if spec.is_flow:  # Esser et al. 2024, eq. 1 and 19
         sigma = torch.sigmoid(torch.randn(len(clean), generator=generator)).view(-1, 1, 1, 1)
         return (1 - sigma) * clean + sigma * noise, 1000 * sigma.flatten(), noise - clean
     if spec.offset_noise:
@@ -487,15 +497,14 @@ def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
     """Train one denoiser from scratch on the patches' latents (made once) or pixels."""
     images, generator = to_tensor(zoo.patches["pool"]), zoo.generator(f"denoiser {spec.name}")
     clean = zoo.latents() if spec.decoder else images
-    denoiser, scheduler = make_denoiser(spec), spec.make_scheduler()
+    denoiser, scheduler = make_denoiser(spec), DDPMScheduler(**spec.noise)
     steps = 2500 if spec.decoder else 1000
 
     def loss_of_step(step: int) -> torch.Tensor:
         index = torch.randint(len(clean), (32,), generator=generator)
         noisy, times, velocity = noisy_and_velocity(spec, scheduler, clean[index], generator)
         layout = layouts(images[index], denoiser.config.sample_size, generator)
-        is_flow = spec.scheduler is FlowMatchEulerDiscreteScheduler
-        return F.mse_loss(predict_velocity(denoiser, noisy, layout, times, is_flow), velocity)
+        return F.mse_loss(predict_velocity(denoiser, noisy, layout, times, spec.is_flow), velocity)
 
     train_loop(denoiser, loss_of_step, steps, 1e-3, f"denoiser {spec.name}")
     return denoiser
@@ -540,7 +549,7 @@ def sample_generator(zoo: "Zoo", spec: Generator) -> dict[str, np.ndarray]:
     denoiser = zoo.denoiser(spec.denoiser or spec.name)
     decoder = zoo.decoder(spec.decoder) if spec.decoder else None
     scaling = zoo.autoencoder("a").config.scaling_factor if spec.decoder else 1.0
-    pipeline = LayoutToImagePipeline(denoiser, spec.make_scheduler(), decoder, scaling)
+    pipeline = LayoutToImagePipeline(denoiser, spec.make_sampler(), decoder, scaling)
     pipeline.set_progress_bar_config(desc=f"sampling {spec.name}", mininterval=5)
     generator, images = zoo.generator(f"samples {spec.name}"), {}
     for split in SPLIT_SIZES if spec.known else ("test",):
