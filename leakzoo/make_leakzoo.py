@@ -29,11 +29,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderDC,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UNet2DModel,
 )
 from diffusers.training_utils import EMAModel
@@ -157,9 +159,9 @@ class Generator:
     decoder: str | None = "a"
     noise: dict = field(default_factory=dict)  # its noise schedule, as arguments of a diffusers scheduler
     offset_noise: float = 0.0
-    sampler: type = EulerAncestralDiscreteScheduler
+    sampler: type = DDIMScheduler
     sampler_options: dict = field(default_factory=dict)
-    sampling_steps: int = 25
+    sampling_steps: int = 50
 
     @property
     def is_flow(self) -> bool:
@@ -174,40 +176,52 @@ STABLE = dict(
 )
 COSINE = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 DDIM = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+ANCESTRAL = dict(sampler=EulerAncestralDiscreteScheduler, sampling_steps=8)
 GENERATORS = (
-    Generator("ldm", "scaled-linear betas, v-prediction, Euler ancestral 25, decoder A", noise=STABLE),
-    Generator("ldm_decoder_b", "as ldm, decoder B", denoiser="ldm", decoder="b", noise=STABLE),
-    Generator("ldm_cosine", "as ldm, cosine betas", noise=COSINE),
-    Generator("ldm_offset_noise", "as ldm, offset noise 0.1", noise=STABLE, offset_noise=0.1),
+    Generator("ldm", "scaled-linear betas, v-prediction, DDIM 50", noise=STABLE, sampler_options=DDIM),
     Generator(
         "ldm_zero_snr",
-        "as ldm, zero terminal SNR, trailing steps",
+        "as ldm, zero terminal SNR, Euler ancestral 8 with trailing steps",
         noise=STABLE | dict(rescale_betas_zero_snr=True),
         sampler_options=dict(timestep_spacing="trailing"),
+        **ANCESTRAL,
+    ),
+    Generator("ldm_decoder_b", "as ldm", denoiser="ldm", decoder="b", noise=STABLE, sampler_options=DDIM),
+    Generator("ldm_cosine", "cosine betas, Euler ancestral 8", decoder="b", noise=COSINE, **ANCESTRAL),
+    Generator(
+        "ldm_offset_noise",
+        "as ldm, offset noise 0.1, Euler ancestral 8",
+        decoder="d",
+        noise=STABLE,
+        offset_noise=0.1,
+        **ANCESTRAL,
     ),
     Generator(
         "flow_matching",
-        "rectified flow, logit-normal times, stochastic Euler 25, decoder A",
+        "rectified flow, logit-normal times, Euler 25",
+        decoder="d",
         sampler=FlowMatchEulerDiscreteScheduler,
-        sampler_options=dict(stochastic_sampling=True),
+        sampling_steps=25,
     ),
-    Generator("ldm_decoder_c", "as ldm, decoder C", known=False, denoiser="ldm", decoder="c", noise=STABLE),
     Generator(
-        "ldm_ddim",
-        "as ldm, sampled by deterministic DDIM, 50 steps",
+        "ldm_decoder_c", "as ldm", False, denoiser="ldm", decoder="c", noise=STABLE, sampler_options=DDIM
+    ),
+    Generator(
+        "ldm_lcm",
+        "as ldm, sampled by the consistency sampler LCM, 4 steps",
         known=False,
         denoiser="ldm",
         noise=STABLE,
-        sampler=DDIMScheduler,
-        sampler_options=DDIM,
-        sampling_steps=50,
+        sampler=LCMScheduler,
+        sampling_steps=4,
     ),
     Generator(
         "pixel_diffusion",
-        "as ldm_cosine, in pixel space, no decoder",
+        "in pixel space, cosine betas, v-prediction, DDIM 50",
         known=False,
         decoder=None,
         noise=COSINE,
+        sampler_options=DDIM,
     ),
 )
 
@@ -343,12 +357,20 @@ class TransposedConvDecoder(nn.Module):
 
 def make_decoder(name: str) -> nn.Module:
     """
-    B interpolates where decoder A shuffles pixels; C is made of transposed convolutions. Both take A's
-    latents.
+    Other decoders of A's latents. B interpolates where A shuffles pixels, C has transposed convolutions, D is
+    AutoencoderTiny's: nearest-neighbour upsampling, and no normalisation.
     """
-    return (
-        TransposedConvDecoder() if name == "c" else make_autoencoder(LATENT_CHANNELS, "interpolate").decoder
-    )
+    if name == "b":
+        return make_autoencoder(LATENT_CHANNELS, "interpolate").decoder
+    if name == "c":
+        return TransposedConvDecoder()
+    return AutoencoderTiny(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(48,) * 3,
+        decoder_block_out_channels=(48,) * 3,
+        num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(2, 2, 1),
+    ).decoder
 
 
 def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -627,7 +649,7 @@ def reconstruction_psnr(zoo: "Zoo", split: str) -> dict[str, float]:
     latents = encode(zoo.autoencoder("a"), images)
     analysis = zoo.autoencoder("analysis")
     decoded = {"analysis": analysis.decode(encode(analysis, images)).sample}
-    decoded |= {f"decoder {name.upper()}": zoo.decoder(name)(latents) for name in "abc"}
+    decoded |= {f"decoder {name.upper()}": zoo.decoder(name)(latents) for name in "abcd"}
     return {name: psnr(made, images) for name, made in decoded.items()}
 
 
@@ -670,11 +692,15 @@ Columns: `image`; `label`, a ClassLabel of the known classes, then the unknown o
 Photographs are reduced to shorter sides of {sides} pixels and cut into patches. Autoencoders and diffusion
 models learn from {pool:,} patches of the train photographs alone. Every generator is conditioned on a layout,
 a noisy 8x8 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
-layout of patch i. Decoders B and C were fitted to the latents of autoencoder A: generators that differ in the
-decoder alone sample from one denoiser.
+layout of patch i. Decoders B, C and D were fitted to the latents of autoencoder A. ldm, ldm_decoder_b and
+ldm_decoder_c sample from one denoiser and differ in the decoder alone; two known generators that share a decoder
+differ in the diffusion process alone (noise schedule, offset noise, terminal SNR or flow, and sampler).
 
-| generator | known | recipe | thumbnails give away |
-| --- | --- | --- | --- |
+The denoisers are small and were trained for minutes: their images follow the layout and have the softness and
+blotches of an undertrained model; nobody would take them for photographs.
+
+| generator | known | recipe | decoder | thumbnails give away |
+| --- | --- | --- | --- | --- |
 {generators}
 
 "Thumbnails give away" is the cross-validated AUROC of a logistic regression on 8x8 thumbnails that tells the
@@ -718,7 +744,8 @@ def write_card(folder: Path, figures: dict) -> None:
     )
     known = [spec for spec in GENERATORS if spec.known]
     rows = [
-        f"| {s.name} | {'yes' if s.known else 'no'} | {s.recipe} | {figures['content_auroc'][s.name]:.3f} |"
+        f"| {s.name} | {'yes' if s.known else 'no'} | {s.recipe} | {(s.decoder or 'none').upper()} "
+        f"| {figures['content_auroc'][s.name]:.3f} |"
         for s in GENERATORS
     ]
     text = CARD.format(
@@ -822,6 +849,7 @@ class Zoo:
             "autoencoder_analysis": lambda: self.autoencoder("analysis"),
             "decoder_b": lambda: self.decoder("b"),
             "decoder_c": lambda: self.decoder("c"),
+            "decoder_d": lambda: self.decoder("d"),
             "latents": self.latents,
         }
         for spec in GENERATORS:
