@@ -672,10 +672,10 @@ def measure(zoo: "Zoo") -> dict:
 CARD = """
 # LeakZoo
 
-{known} known and {unknown} unknown small generators, and the photographs they learned from: {total:,} RGB PNG
-images of 64x64 pixels, {size:.1f} MB. Made for Proto-LeakNet, so that a clone can train and be tested without
-a download. The images are content-matched and format-matched: nothing but the way they were made can be
-learned.
+{known} known and {unknown} unknown small generators, and the photographs they learned from: {total:,} RGB
+PNG images of 64x64 pixels, {size:.1f} MB. Made for Proto-LeakNet, so that a clone can train and be tested
+without a download. The images are content-matched and format-matched: nothing but the way they were made can
+be learned.
 
     from datasets import load_dataset
     load_dataset("leakzoo")  # from the repository's root
@@ -693,8 +693,8 @@ Photographs are reduced to shorter sides of {sides} pixels and cut into patches.
 models learn from {pool:,} patches of the train photographs alone. Every generator is conditioned on a layout,
 a noisy 8x8 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
 layout of patch i. Decoders B, C and D were fitted to the latents of autoencoder A. ldm, ldm_decoder_b and
-ldm_decoder_c sample from one denoiser and differ in the decoder alone; two known generators that share a decoder
-differ in the diffusion process alone (noise schedule, offset noise, terminal SNR or flow, and sampler).
+ldm_decoder_c sample from one denoiser and differ in the decoder alone; two known generators that share a
+decoder differ in the diffusion process alone (noise schedule, offset noise, terminal SNR or flow, sampler).
 
 The denoisers are small and were trained for minutes: their images follow the layout and have the softness and
 blotches of an undertrained model; nobody would take them for photographs.
