@@ -70,6 +70,9 @@ class TrainingArguments:
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak of AdamW's learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm."})
+    orientations: int = field(
+        default=8, metadata={"help": "Cached views of a training image: 1, 2 (mirrored) or 8 (and turned)."}
+    )
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
@@ -190,11 +193,11 @@ def _image_bytes(image: dict[str, Any]) -> bytes:
 def encode_split(
     rows: Dataset, label_names: list[str],
     model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
-    accelerator: Accelerator, batch_size: int = 16,
+    accelerator: Accelerator, orientation: int = 0, batch_size: int = 16,
 ) -> TensorDataset:  # fmt: skip
     """
-    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; from the cache where it
-    has them.
+    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; cached. `orientation`
+    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first.
     """
     channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
     views = () if processor.num_crops == 1 else (processor.num_crops,)
@@ -202,10 +205,11 @@ def encode_split(
 
     def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
         images = [image["bytes"] if image["bytes"] is not None else image["path"] for image in batch["image"]]
-        latents = model.protoleak.encode(processor(images)["pixel_values"])
+        pixels = processor(images)["pixel_values"].rot90(orientation // 2, (-2, -1))
+        latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
         return {"latents": latents.flatten(1).cpu().numpy()}
 
-    key = content_key(rows, model, processor)
+    key = f"{content_key(rows, model, processor)}-{orientation}"
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
@@ -222,6 +226,19 @@ def encode_split(
     latents = torch.from_numpy(encoded.with_format("numpy")["latents"][:]).view(-1, *shape)
     index = {name: k for k, name in enumerate(label_names)}
     return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
+
+
+class RandomOrientation(torch.utils.data.Dataset):
+    """One of several encodings of each image, drawn anew each time."""
+
+    def __init__(self, orientations: list[TensorDataset]):
+        self.orientations = orientations
+
+    def __len__(self) -> int:
+        return len(self.orientations[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return self.orientations[int(torch.randint(len(self.orientations), ()))][index]
 
 
 def _reduction(vae) -> int:
@@ -255,7 +272,7 @@ def make_model(
 
 
 def fit(
-    model: ProtoLeakForImageAttribution, train: TensorDataset, validation: TensorDataset,
+    model: ProtoLeakForImageAttribution, train: torch.utils.data.Dataset, validation: TensorDataset,
     arguments: TrainingArguments, accelerator: Accelerator,
 ) -> list[dict[str, float]]:  # fmt: skip
     """
@@ -336,8 +353,13 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         split: encode_split(rows, label_names, model, processor, accelerator)
         for split, rows in splits.items()
     }
+    turned = [
+        encode_split(splits["train"], label_names, model, processor, accelerator, orientation)
+        for orientation in range(1, arguments.orientations)
+    ]
     encoded = time.perf_counter()
-    history = fit(model, data["train"], data["validation"], arguments, accelerator)
+    seen = RandomOrientation([data["train"], *turned])
+    history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
     model.fit_density(known["train"].embeddings, known["train"].labels, known["validation"].embeddings)
