@@ -67,7 +67,7 @@ class TrainingArguments:
         default=15, metadata={"help": "Epochs without a better validation loss before it stops."}
     )
     batch_size: int = field(default=64, metadata={"help": "Images a step and process."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak of AdamW's learning rate."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak of AdamW's learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm."})
     orientations: int = field(
