@@ -392,21 +392,38 @@ def make_scheduler(config: ProtoLeakConfig):
 
 def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> nn.Module:
     """The VAE in the checkpoint's `vae/`; where there is none, the one that the config names."""
+    if has_vae_folder(checkpoint, **hub):
+        return load_autoencoder(checkpoint, "vae", **hub)
+    hub["revision"] = config.vae_revision
+    return load_autoencoder(config.vae_name_or_path, config.vae_subfolder, **hub)
+
+
+def has_vae_folder(name: str | os.PathLike, **hub) -> bool:
+    """Whether the Hub id or folder has its autoencoder in `vae/`, as checkpoints and pipelines do."""
+    if Path(name).is_absolute() or Path(name).is_dir():
+        return (Path(name) / "vae" / "config.json").exists()
+    found = cached_file(
+        name, "config.json", subfolder="vae", _raise_exceptions_for_missing_entries=False, **hub
+    )
+    return found is not None
+
+
+def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hub) -> nn.Module:
+    """
+    An autoencoder of diffusers from a Hub id or a folder.
+
+    Raises:
+        OSError: telling which, why, and how to pass another.
+    """
     import diffusers
 
-    bundled = cached_file(
-        checkpoint, "config.json", subfolder="vae", _raise_exceptions_for_missing_entries=False, **hub
-    )
-    source, revision, subfolder = checkpoint, hub.pop("revision", None), "vae"
-    if bundled is None:
-        source, revision, subfolder = config.vae_name_or_path, config.vae_revision, config.vae_subfolder
     try:
-        return diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, revision=revision, **hub)
-    except Exception as error:
+        return diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
+    except Exception as error:  # also what a missing, gated or damaged repository raises
         raise OSError(
-            f"the VAE {str(source)!r} (subfolder {subfolder!r}, revision {revision!r}) can't be loaded: "
-            f"{error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), or set "
-            f"config.vae_name_or_path to a local folder"
+            f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
+            f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), "
+            f"or set config.vae_name_or_path to a local folder"
         ) from error
 
 

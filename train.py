@@ -3,6 +3,7 @@ Train Proto-LeakNet on any image data set with `datasets` and Accelerate.
 
     python train.py                                             # LeakZoo, from scratch
     python train.py --dataset_name FOLDER --output_dir runs/mine
+    python train.py --model_name_or_path . --dataset_name leakzoo FOLDER    # the known classes, and FOLDER's
     accelerate launch train.py ...                              # on several processes or machines
 
 Every image passes the VAE once: its latents are cached under the `datasets` cache, keyed by the VAE's
@@ -14,8 +15,10 @@ import hashlib
 import json
 import logging
 import math
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.card_protoleak import write_card
 from protoleak.evaluation_protoleak import format_summary, predict, summarize
 from protoleak.image_processing_protoleak import SUFFIXES
-from protoleak.modeling_protoleak import load_vae
+from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -49,10 +52,11 @@ logger = logging.getLogger("protoleak.train")
 class TrainingArguments:
     """Everything that a run depends on."""
 
-    dataset_name: str = field(
-        default=str(HERE / "leakzoo"),
+    dataset_name: list[str] = field(
+        default_factory=lambda: [str(HERE / "leakzoo")],
         metadata={
-            "help": "Hub id or folder that `load_dataset` takes, or a folder with Closed_Set/<generator>/."
+            "help": "Hub id or folder that `load_dataset` takes, or a folder with Closed_Set/<generator>/; "
+            "of several, the splits are joined."
         },
     )
     model_name_or_path: str | None = field(
@@ -60,6 +64,10 @@ class TrainingArguments:
     )
     config_name: str = field(
         default=str(HERE), metadata={"help": "Where a new model's config, image processor and VAE come from."}
+    )
+    vae_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Autoencoder of a new model, Hub id or folder, instead of `config_name`'s."},
     )
     output_dir: str = field(default="runs/protoleak", metadata={"help": "Where the checkpoint is written."})
     num_train_epochs: int = field(default=60, metadata={"help": "Epochs at most."})
@@ -88,16 +96,44 @@ class TrainingArguments:
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def load_splits(name: str, seed: int = 0) -> DatasetDict:
+def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
     """
     Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label`
     (str).
 
-    Missing validation and test splits are cut from train, by group where a column tells it.
+    Missing validation and test splits are cut from train, by group where a column tells it. Several data sets
+    are joined split by split; a generator that one of them trains on is no longer unknown in another.
 
     Raises:
-        ValueError: the data set has no images or labels, or the known classes are fewer than two.
+        ValueError: a data set has no images or labels, or the known classes are fewer than two.
     """
+    names = [name] if isinstance(name, str) else list(name)
+    parts = [_load(part, seed) for part in names]
+    if len(parts) == 1:
+        (splits,) = parts
+    else:
+        splits = DatasetDict()
+        for split in dict.fromkeys(split for part in parts for split in part):
+            rows = [part[split].select_columns(["image", "label"]) for part in parts if split in part]
+            splits[split] = datasets.concatenate_datasets(rows)
+    name, known = ", ".join(names), set(splits["train"]["label"])
+    if len(known) < 2:
+        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
+    for split in ("validation", "test"):
+        if extra := set(splits[split]["label"]) ^ known:
+            raise ValueError(
+                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
+            )
+    if "unknown" in splits and known & set(splits["unknown"]["label"]):
+        labels = np.array(splits["unknown"]["label"])
+        splits["unknown"] = splits["unknown"].select(np.flatnonzero(~np.isin(labels, list(known))))
+        if not len(splits["unknown"]):
+            del splits["unknown"]
+    return splits
+
+
+def _load(name: str, seed: int) -> DatasetDict:
+    """One data set with train, validation, test and perhaps unknown."""
     if (Path(name) / "Closed_Set").is_dir():
         splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
         if (Path(name) / "Open_Set").is_dir():
@@ -108,6 +144,8 @@ def load_splits(name: str, seed: int = 0) -> DatasetDict:
         splits = load_dataset("imagefolder", data_files=folders)
     else:
         splits = load_dataset(name)
+        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
+            splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)  # folders of one class
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
     splits = DatasetDict(
@@ -117,14 +155,6 @@ def load_splits(name: str, seed: int = 0) -> DatasetDict:
         if split not in splits:
             share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
             splits["train"], splits[split] = _cut(splits["train"], share, seed)
-    known = set(splits["train"]["label"])
-    if len(known) < 2:
-        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
-    for split in ("validation", "test"):
-        if extra := set(splits[split]["label"]) ^ known:
-            raise ValueError(
-                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
-            )
     return splits
 
 
@@ -193,11 +223,12 @@ def _image_bytes(image: dict[str, Any]) -> bytes:
 def encode_split(
     rows: Dataset, label_names: list[str],
     model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
-    accelerator: Accelerator, orientation: int = 0, batch_size: int = 16,
+    accelerator: Accelerator, orientation: int = 0, batch_size: int = 16, key: str | None = None,
 ) -> TensorDataset:  # fmt: skip
     """
     Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; cached. `orientation`
-    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first.
+    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `key` is the rows'
+    [`content_key`], where it is at hand.
     """
     channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
     views = () if processor.num_crops == 1 else (processor.num_crops,)
@@ -209,7 +240,7 @@ def encode_split(
         latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
         return {"latents": latents.flatten(1).cpu().numpy()}
 
-    key = f"{content_key(rows, model, processor)}-{orientation}"
+    key = f"{key or content_key(rows, model, processor)}-{orientation}"
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():
@@ -218,7 +249,7 @@ def encode_split(
             batched=True,
             batch_size=batch_size,
             remove_columns=rows.column_names,
-            features=Features(latents=Sequence(Value("float32"), length=math.prod(shape))),
+            features=Features(latents=List(Value("float32"), length=math.prod(shape))),
             cache_file_name=str(folder / f"{key}.arrow"),
             new_fingerprint=key,
             desc="encoding images with the VAE",
@@ -266,8 +297,17 @@ def make_model(
         id2label = dict(enumerate(label_names))
         label2id = {name: k for k, name in id2label.items()}
         config = ProtoLeakConfig.from_pretrained(source, id2label=id2label, label2id=label2id)
+        if arguments.vae_name_or_path:
+            name = arguments.vae_name_or_path
+            subfolder = "vae" if has_vae_folder(name) else None
+            vae = load_autoencoder(name, subfolder)
+            of_vae = {"vae_name_or_path": name, "vae_subfolder": subfolder, "vae_revision": None}
+            of_vae["latent_channels"] = vae.config.latent_channels
+            config = ProtoLeakConfig(**{**config.to_dict(), **of_vae})
+        else:
+            vae = load_vae(source, config)
         model = ProtoLeakForImageAttribution(config)
-        model.attach_vae(load_vae(source, config))
+        model.attach_vae(vae)
     return model, processor
 
 
@@ -352,13 +392,17 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     data = {
         split: encode_split(rows, label_names, model, processor, accelerator)
         for split, rows in splits.items()
+        if split != "train"
     }
-    turned = [
-        encode_split(splits["train"], label_names, model, processor, accelerator, orientation)
-        for orientation in range(1, arguments.orientations)
-    ]
+    key = content_key(splits["train"], model, processor)
+    seen = RandomOrientation(
+        [
+            encode_split(splits["train"], label_names, model, processor, accelerator, orientation, key=key)
+            for orientation in range(arguments.orientations)
+        ]
+    )
+    data["train"] = seen.orientations[0]
     encoded = time.perf_counter()
-    seen = RandomOrientation([data["train"], *turned])
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
@@ -366,7 +410,7 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     test = predict(model, data["test"], accelerator)
     unknown = predict(model, data["unknown"], accelerator) if "unknown" in data else None
     summary = {
-        "dataset": Path(arguments.dataset_name).name,
+        "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": len(history),
         "seconds": {
             "encoding": round(encoded - started, 1),
@@ -403,8 +447,12 @@ def save(
 
 def _command(arguments: TrainingArguments) -> str:
     changed = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
-    changed = {name: value for name, value in changed.items() if value != getattr(TrainingArguments, name)}
-    return " ".join(["python train.py", *(f"--{name} {value}" for name, value in changed.items())])
+    defaults = TrainingArguments()
+    words = ["python train.py"]
+    for name, value in changed.items():
+        if value != getattr(defaults, name):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words).replace("'python train.py'", "python train.py")
 
 
 def main() -> None:

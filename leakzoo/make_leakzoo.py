@@ -7,7 +7,7 @@ goes on from its last finished stage. ``--stages`` limits a run to some of them:
 side by side.
 On two CPU cores the whole takes about an hour and a half.
 
-Content matching. Every generator is conditioned on a "layout", a noisy 8x8 thumbnail, as a text-to-image
+Content matching. Every generator is conditioned on a "layout", a noisy 16x16 thumbnail, as a text-to-image
 model is on a prompt; patch ``i`` of every class in a split is made from the layout of the same real patch
 ``i``. So the classes show the same things, and what is left to learn is how they were made. Photographs are
 split into train, validation and test by photograph; autoencoders and diffusion models see patches of the
@@ -41,6 +41,7 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 SIZE = 64
@@ -51,9 +52,10 @@ SHORTER_SIDES = (
     288,
     432,
 )  # a photograph is reduced to these before it is cut: JPEG traces of the source go away
-LAYOUT_NOISE = 0.1
+LAYOUT_SIZE, LAYOUT_NOISE = 16, 0.1
 LATENT_CHANNELS = 4  # of the generators; the analysis autoencoder has ANALYSIS_CHANNELS
 ANALYSIS_CHANNELS = 16
+ADVERSARIAL_WEIGHT = 0.1
 
 LOMIRI = "lomiri-wallpapers-16.04"
 LOMIRI_20 = "lomiri-wallpapers-20.04"
@@ -156,6 +158,8 @@ class Generator:
     recipe: str
     known: bool = True
     denoiser: str = ""  # the generator whose trained weights it samples from; its own when empty
+    base: str = ""  # the generator whose weights its own training starts from; from scratch when empty
+    training_steps: int = 6000
     decoder: str | None = "a"
     noise: dict = field(default_factory=dict)  # its noise schedule, as arguments of a diffusers scheduler
     offset_noise: float = 0.0
@@ -182,15 +186,27 @@ GENERATORS = (
     Generator(
         "ldm_zero_snr",
         "as ldm, zero terminal SNR, Euler ancestral 8 with trailing steps",
+        base="ldm",
+        training_steps=1500,
         noise=STABLE | dict(rescale_betas_zero_snr=True),
         sampler_options=dict(timestep_spacing="trailing"),
         **ANCESTRAL,
     ),
     Generator("ldm_decoder_b", "as ldm", denoiser="ldm", decoder="b", noise=STABLE, sampler_options=DDIM),
-    Generator("ldm_cosine", "cosine betas, Euler ancestral 8", decoder="b", noise=COSINE, **ANCESTRAL),
+    Generator(
+        "ldm_cosine",
+        "cosine betas, Euler ancestral 8",
+        base="ldm",
+        training_steps=1500,
+        decoder="b",
+        noise=COSINE,
+        **ANCESTRAL,
+    ),
     Generator(
         "ldm_offset_noise",
         "as ldm, offset noise 0.1, Euler ancestral 8",
+        base="ldm",
+        training_steps=1500,
         decoder="d",
         noise=STABLE,
         offset_noise=0.1,
@@ -220,6 +236,7 @@ GENERATORS = (
         "in pixel space, cosine betas, v-prediction, DDIM 50",
         known=False,
         decoder=None,
+        training_steps=3000,
         noise=COSINE,
         sampler_options=DDIM,
     ),
@@ -291,11 +308,10 @@ def to_tensor(patches: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(patches).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def layouts(images: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """The condition of every generator: a noisy 8x8 thumbnail, spread over size x size. (N, 3, size, size)"""
-    thumbnails = F.adaptive_avg_pool2d(images, 8)
-    thumbnails = thumbnails + LAYOUT_NOISE * torch.randn(thumbnails.shape, generator=generator)
-    return F.interpolate(thumbnails, size=(size, size), mode="bilinear")
+def layouts(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The condition of every generator: a noisy thumbnail. (N, 3, 16, 16)"""
+    thumbnails = F.adaptive_avg_pool2d(images, LAYOUT_SIZE)
+    return thumbnails + LAYOUT_NOISE * torch.randn(thumbnails.shape, generator=generator)
 
 
 # --- autoencoders -------------------------------------------------------------------------------------------
@@ -357,9 +373,11 @@ class TransposedConvDecoder(nn.Module):
 
 def make_decoder(name: str) -> nn.Module:
     """
-    Other decoders of A's latents. B interpolates where A shuffles pixels, C has transposed convolutions, D is
+    Decoders of A's latents. A shuffles pixels, B interpolates, C has transposed convolutions, D is
     AutoencoderTiny's: nearest-neighbour upsampling, and no normalisation.
     """
+    if name == "a":
+        return make_autoencoder(LATENT_CHANNELS).decoder
     if name == "b":
         return make_autoencoder(LATENT_CHANNELS, "interpolate").decoder
     if name == "c":
@@ -428,22 +446,61 @@ def train_autoencoder(zoo: "Zoo", name: str, autoencoder: AutoencoderDC, steps: 
     return autoencoder
 
 
-def train_decoder(zoo: "Zoo", name: str, steps: int = 2000) -> nn.Module:
-    """Fit another decoder to the latents of autoencoder A, which stays as it is."""
+def make_discriminator(dense: bool) -> nn.Module:
+    """
+    A patch discriminator (Isola et al. 2017) with spectral normalisation: one that reduces four times, or a
+    `dense` one that looks at each pixel's neighbourhood.
+    """
+    layers: list[nn.Module] = []
+    widths = (
+        [(3, 24, 3, 1), (24, 24, 3, 1), (24, 24, 3, 1)]
+        if dense
+        else [(3, 32, 4, 2), (32, 64, 4, 2), (64, 64, 3, 1)]
+    )
+    for inputs, outputs, kernel, stride in (*widths, (widths[-1][1], 1, 3, 1)):
+        layers += [spectral_norm(nn.Conv2d(inputs, outputs, kernel, stride, padding=1)), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers[:-1])
+
+
+def train_decoder(zoo: "Zoo", name: str, steps: int = 2000, adversarial_steps: int = 1000) -> nn.Module:
+    """
+    Fit a decoder to the latents of autoencoder A, whose encoder stays as it is: by squared error (A's has
+    been), then also against a discriminator, as latent diffusion's decoders are (Rombach et al. 2022, hinge
+    loss). Squared error alone gives nearly the same blurred image whatever the decoder.
+    """
     vae, pool, generator = (
         zoo.autoencoder("a"),
         to_tensor(zoo.patches["pool"]),
         zoo.generator(f"decoder {name}"),
     )
-    decoder = make_decoder(name)
+    decoder, discriminator = make_decoder(name), make_discriminator(dense=name in "bc")
 
-    def loss_of_step(step: int) -> torch.Tensor:
+    def images_and_decoded() -> tuple[torch.Tensor, torch.Tensor]:
         images = random_crops(pool, 16, 32, generator)
         with torch.no_grad():
             latents = vae.encode(images).latent
-        return reconstruction_loss(decoder(latents), images)
+        return images, decoder(latents)
 
-    train_loop(decoder, loss_of_step, steps, 2e-3, f"decoder {name}")
+    def loss_of_step(step: int) -> torch.Tensor:
+        images, decoded = images_and_decoded()
+        return reconstruction_loss(decoded, images)
+
+    if name == "a":
+        decoder.load_state_dict(vae.decoder.state_dict())
+    else:
+        train_loop(decoder, loss_of_step, steps, 2e-3, f"decoder {name}")
+        decoder.train()
+    critic = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.99))
+
+    def adversarial_loss_of_step(step: int) -> torch.Tensor:
+        images, decoded = images_and_decoded()
+        hinge = F.relu(1 - discriminator(images)) + F.relu(1 + discriminator(decoded.detach()))
+        critic.zero_grad()
+        hinge.mean().backward()
+        critic.step()
+        return reconstruction_loss(decoded, images) - ADVERSARIAL_WEIGHT * discriminator(decoded).mean()
+
+    train_loop(decoder, adversarial_loss_of_step, adversarial_steps, 5e-4, f"decoder {name}, adversarial")
     return decoder
 
 
@@ -464,7 +521,7 @@ def psnr(decoded: torch.Tensor, images: torch.Tensor) -> float:
 
 def make_denoiser(generator: Generator) -> UNet2DModel:
     """
-    A small UNet over 2x2 patches of latents or 4x4 patches of pixels, with the layout as three more channels.
+    A small UNet over 2x2 patches of latents or 4x4 patches of pixels, with the layout as more channels.
     """
     patch, channels = (2, LATENT_CHANNELS) if generator.decoder else (4, 3)
     size = SIZE // 4 // patch if generator.decoder else SIZE // patch
@@ -472,7 +529,7 @@ def make_denoiser(generator: Generator) -> UNet2DModel:
     plain = len(widths) - 1
     return UNet2DModel(
         sample_size=size,
-        in_channels=channels * patch**2 + 3,
+        in_channels=channels * patch**2 + 3 * (LAYOUT_SIZE // size) ** 2,
         out_channels=channels * patch**2,
         layers_per_block=1,
         block_out_channels=widths,
@@ -509,26 +566,33 @@ def predict_velocity(
     """
     sigma = (times / 1000).view(-1, 1, 1, 1)
     scale = ((1 - sigma) ** 2 + sigma**2).sqrt() if is_flow else 1.0
-    patch = noisy.shape[-1] // layout.shape[-1]
+    size = denoiser.config.sample_size
+    patch = noisy.shape[-1] // size
+    layout = F.pixel_unshuffle(layout, layout.shape[-1] // size)
     patches = torch.cat([F.pixel_unshuffle(noisy / scale, patch), layout], dim=1)
     output = F.pixel_shuffle(denoiser(patches, times).sample, patch)
     return (2 * sigma - 1) / scale**2 * noisy + output / scale if is_flow else output
 
 
 def train_denoiser(zoo: "Zoo", spec: Generator) -> UNet2DModel:
-    """Train one denoiser from scratch on the patches' latents (made once) or pixels."""
+    """
+    Train one denoiser on the patches' latents (made once) or pixels, from scratch or, as vendors do, from
+    another generator's weights.
+    """
     images, generator = to_tensor(zoo.patches["pool"]), zoo.generator(f"denoiser {spec.name}")
     clean = zoo.latents() if spec.decoder else images
     denoiser, scheduler = make_denoiser(spec), DDPMScheduler(**spec.noise)
-    steps = 2500 if spec.decoder else 1000
+    if spec.base:
+        denoiser.load_state_dict(zoo.denoiser(spec.base).state_dict())
 
     def loss_of_step(step: int) -> torch.Tensor:
         index = torch.randint(len(clean), (32,), generator=generator)
         noisy, times, velocity = noisy_and_velocity(spec, scheduler, clean[index], generator)
-        layout = layouts(images[index], denoiser.config.sample_size, generator)
+        layout = layouts(images[index], generator)
         return F.mse_loss(predict_velocity(denoiser, noisy, layout, times, spec.is_flow), velocity)
 
-    train_loop(denoiser, loss_of_step, steps, 1e-3, f"denoiser {spec.name}")
+    lr = 3e-4 if spec.base else 1e-3
+    train_loop(denoiser, loss_of_step, spec.training_steps, lr, f"denoiser {spec.name}")
     return denoiser
 
 
@@ -548,7 +612,7 @@ class LayoutToImagePipeline(DiffusionPipeline):
     def __call__(
         self, layout: torch.Tensor, num_inference_steps: int, generator: torch.Generator
     ) -> torch.Tensor:
-        """(N, 3, h, w) layouts -> (N, 3, H, W) images in [-1, 1]."""
+        """(N, 3, 16, 16) layouts -> (N, 3, H, W) images in [-1, 1]."""
         is_flow = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
         channels, reduction = (LATENT_CHANNELS, 4) if self.decoder is not None else (3, 1)
         shape = (len(layout), channels, SIZE // reduction, SIZE // reduction)
@@ -575,7 +639,7 @@ def sample_generator(zoo: "Zoo", spec: Generator) -> dict[str, np.ndarray]:
     pipeline.set_progress_bar_config(desc=f"sampling {spec.name}", mininterval=5)
     generator, images = zoo.generator(f"samples {spec.name}"), {}
     for split in SPLIT_SIZES if spec.known else ("test",):
-        layout = layouts(to_tensor(zoo.patches[split]), denoiser.config.sample_size, generator)
+        layout = layouts(to_tensor(zoo.patches[split]), generator)
         made = pipeline(layout, spec.sampling_steps, generator)
         images[split] = made.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return images
@@ -691,7 +755,7 @@ Columns: `image`; `label`, a ClassLabel of the known classes, then the unknown o
 
 Photographs are reduced to shorter sides of {sides} pixels and cut into patches. Autoencoders and diffusion
 models learn from {pool:,} patches of the train photographs alone. Every generator is conditioned on a layout,
-a noisy 8x8 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
+a noisy 16x16 thumbnail of a patch, as a text-to-image model is on a prompt; image i of every class has the
 layout of patch i. Decoders B, C and D were fitted to the latents of autoencoder A. ldm, ldm_decoder_b and
 ldm_decoder_c sample from one denoiser and differ in the decoder alone; two known generators that share a
 decoder differ in the diffusion process alone (noise schedule, offset noise, terminal SNR or flow, sampler).
@@ -819,8 +883,6 @@ class Zoo:
         return AutoencoderDC.from_pretrained(path).eval().requires_grad_(False)
 
     def decoder(self, name: str) -> nn.Module:
-        if name == "a":
-            return self.autoencoder("a").decoder
         return self._weights(f"decoder_{name}", lambda: make_decoder(name), lambda: train_decoder(self, name))
 
     def latents(self) -> torch.Tensor:
@@ -847,6 +909,7 @@ class Zoo:
             "patches": lambda: self.patches,
             "autoencoder_a": lambda: self.autoencoder("a"),
             "autoencoder_analysis": lambda: self.autoencoder("analysis"),
+            "decoder_a": lambda: self.decoder("a"),
             "decoder_b": lambda: self.decoder("b"),
             "decoder_c": lambda: self.decoder("c"),
             "decoder_d": lambda: self.decoder("d"),

@@ -10,18 +10,19 @@ from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakIm
 LABELS = ["real", "a", "b"]
 
 
-def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
+def tiny_vae(latent_channels: int = 4, **overrides) -> AutoencoderKL:
     """Stable Diffusion 2.1's architecture, small: reduces four times."""
     torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        scaling_factor=6.0,  # random weights give small latents; this brings them near unit variance
-    )
+    values = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": latent_channels,
+        "scaling_factor": 6.0,  # random weights give small latents; this brings them near unit variance
+    }
+    return AutoencoderKL(**values | overrides)
 
 
 def tiny_config(**overrides) -> ProtoLeakConfig:

@@ -90,7 +90,7 @@ def make_kinds(checkpoint: Path, folder: Path, dataset: str, enroll: list[str]) 
     pipe.save_pretrained(folder / "re-saved")
     train(
         TrainingArguments(
-            dataset_name=dataset,
+            dataset_name=[dataset],
             model_name_or_path=str(checkpoint),
             output_dir=str(folder / "fine-tuned"),
             num_train_epochs=1,

@@ -1,6 +1,8 @@
 import evaluate
 import numpy as np
 import pytest
+from huggingface_hub import RepoCard
+from protoleak.evaluate_protoleak.app import EXAMPLE, compute, make_page
 from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_classification_rate, open_set_figures
 from sklearn.metrics import roc_auc_score
 
@@ -98,3 +100,20 @@ def test_the_cards_example_says_what_it_prints(capsys, monkeypatch):
     code = card.split("```python\n")[1].split("```")[0]
     exec(code, {})
     assert capsys.readouterr().out.strip() == code.rsplit("# ", 1)[1].strip()
+
+
+def test_the_space_computes_and_explains():
+    assert compute(*EXAMPLE)["auroc"] == 0.875
+    assert "auroc" not in compute(*EXAMPLE[:2])
+    with pytest.raises(ValueError, match="references must be a JSON list"):
+        compute(EXAMPLE[0], "[0, 1")
+    assert len(make_page().input_components) == 4
+
+
+def test_the_space_has_its_front_matter_and_requirements():
+    folder = ROOT / "evaluate_protoleak"
+    card = RepoCard.load(folder / "README.md", ignore_metadata_errors=False).data.to_dict()
+    assert card["sdk"] == "gradio"
+    assert (folder / card["app_file"]).exists()
+    requirements = {line.split(">=")[0] for line in (folder / "requirements.txt").read_text().split()}
+    assert requirements == {"datasets", "evaluate", "gradio", "scikit-learn"}

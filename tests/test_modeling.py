@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
-from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics
+from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics, load_vae
+from safetensors.torch import load_file, save_file
 
 from .conftest import fit_random_density, tiny_config, tiny_model, tiny_vae
 
@@ -167,6 +168,35 @@ def test_latents_are_the_scaled_and_shifted_mode(model):
 def test_other_autoencoders_give_latents(model, vae):
     model.attach_vae(vae())
     assert model.protoleak.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings"),
+    [
+        (4, {"scaling_factor": 0.18215}),  # Stable Diffusion 2.1
+        (4, {"scaling_factor": 0.13025, "force_upcast": True}),  # SDXL
+        (16, {"scaling_factor": 1.5305, "shift_factor": 0.0609}),  # Stable Diffusion 3
+        (16, {"scaling_factor": 0.3611, "shift_factor": 0.1159}),  # FLUX.1
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vendors_autoencoders_in_every_precision(channels, settings, dtype, tmp_path):
+    """One tiny AutoencoderKL with each vendor's channels, shift and scale, saved and loaded by its folder."""
+    options = {"use_quant_conv": False, "use_post_quant_conv": False} if channels == 16 else {}
+    tiny_vae(channels, **options, **settings).save_pretrained(tmp_path / "vae")
+    model = tiny_model(latent_channels=channels, vae_name_or_path=str(tmp_path), vae_subfolder="vae")
+    vae = load_vae(tmp_path / "nothing here", model.config)
+    model.attach_vae(vae.to(dtype))
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    output = model(pixels)
+    assert output.logits.dtype == output.embeddings.dtype == torch.float32
+    exact = vae.float().encode(pixels).latent_dist.mode()
+    expected = (exact - settings.get("shift_factor", 0)) * settings["scaling_factor"]
+    found = model.protoleak.encode(pixels)
+    torch.testing.assert_close(found, expected)
+    vae.to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
+    assert (model.protoleak.encode(pixels) - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_the_vae_is_frozen_and_held_once(model):
@@ -354,6 +384,16 @@ def test_a_missing_vae_is_explained(model, tmp_path):
         ProtoLeakForImageAttribution.from_pretrained(tmp_path)
 
 
+def test_a_gated_vae_is_explained(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("403 Client Error: access to model vendor/gated is restricted")
+
+    monkeypatch.setattr("diffusers.AutoModel.from_pretrained", refuse)
+    config = tiny_config(vae_name_or_path="vendor/gated", vae_revision="v2")
+    with pytest.raises(OSError, match=r"(?s)'vendor/gated'.*'v2'.*restricted.*vae=AutoencoderKL"):
+        load_vae(tmp_path, config)
+
+
 def test_a_random_density_answers_finite_numbers(fitted_model):
     fit_random_density(fitted_model, seed=3)
     assert torch.isfinite(fitted_model(latents=latents() * 100).log_density).all()
@@ -383,3 +423,68 @@ def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
     fitted_model.density = None
     with pytest.raises(ValueError, match="no density"):
         fitted_model.enroll("newer", near)
+
+
+# --- what transformers asks of every model ------------------------------------------------------------------
+
+
+def test_tuples_and_dicts_hold_the_same(fitted_model):
+    labels = torch.tensor([0, 1, 2])
+    output = fitted_model(latents=latents(3), labels=labels)
+    values = fitted_model(latents=latents(3), labels=labels, return_dict=False)
+    assert isinstance(values, tuple)
+    for expected, found in zip(output.to_tuple(), values, strict=True):
+        assert torch.equal(expected, found)
+    assert fitted_model.protoleak(latents=latents(3), return_dict=False)[0].shape == (3, 16)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "statistics"])
+def test_weights_are_initialised_and_by_the_seed_alone(pooling):
+    first, second = tiny_model(pooling=pooling), tiny_model(pooling=pooling)
+    for name, value in first.state_dict().items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert first.head.prototypes.std().item() == pytest.approx(0.5, rel=0.2)
+    assert 0 < first.protoleak.attention.query.std() < 0.05
+    assert (first.protoleak.encoder.projection.bias == 0).all()
+
+
+def test_weights_missing_from_a_checkpoint_are_initialised(fitted_model, tmp_path):
+    fitted_model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if "prototypes" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    (tmp_path / "density.pkl").unlink()
+    model, report = ProtoLeakForImageAttribution.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"head.prototypes"}
+    assert model.head.prototypes.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    """Where the backbone has it; the ResNet of transformers has not."""
+    backbone = {"model_type": "swin", "image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2]}
+    backbone |= {"num_heads": [2], "window_size": 4, "drop_path_rate": 0.0}
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(backbone_config=backbone, keep_resolution=False, time_dropout=0.0).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            assert model.is_activation_checkpointing
+        torch.manual_seed(1)
+        model(latents=latents(4, size=16), labels=torch.arange(4) % 3).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_a_head_of_another_size_can_be_asked_for(fitted_model, tmp_path, caplog):
+    fitted_model.save_pretrained(tmp_path)
+    labels = {"id2label": {0: "real", 1: "x"}, "label2id": {"real": 0, "x": 1}}
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ProtoLeakForImageAttribution.from_pretrained(tmp_path, **labels)
+    model = ProtoLeakForImageAttribution.from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
+    assert model.head.prototypes.shape == (2, 3, 16)
+    assert model.density is None
+    kept = fitted_model.protoleak.encoder.projection.weight
+    assert torch.equal(model.protoleak.encoder.projection.weight, kept)

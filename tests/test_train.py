@@ -55,7 +55,7 @@ def _cache_in_tmp_path(tmp_path, monkeypatch):
 
 
 def arguments(tmp_path, folder, recipe, **changes) -> TrainingArguments:
-    values = {"dataset_name": str(folder), "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
+    values = {"dataset_name": [str(folder)], "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
     return TrainingArguments(
         **values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes
     )
@@ -109,6 +109,32 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, folder, recipe):
     train(tuned)
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "tuned")
     assert model.density.labels == [model.config.id2label[k] for k in range(3)] == ["real", "new", "newer"]
+
+
+def test_classes_are_added_and_the_old_ones_kept(tmp_path, folder, recipe):
+    """FOLDER holds one new generator; the data set of the old ones is named beside it."""
+    train(arguments(tmp_path, folder, recipe, num_train_epochs=2))
+    rng = np.random.default_rng(1)
+    for i in range(16):
+        (tmp_path / "more/c").mkdir(parents=True, exist_ok=True)
+        draw("c", rng).save(tmp_path / f"more/c/{i}.png")
+    tuned = arguments(
+        tmp_path, folder, recipe, model_name_or_path=str(tmp_path / "run"),
+        dataset_name=[str(folder), str(tmp_path / "more")],
+        output_dir=str(tmp_path / "tuned"), num_train_epochs=2,
+    )  # fmt: skip
+    summary = train(tuned)
+    assert list(summary["figures"]["per_class_auc"]) == ["real", "a", "b", "c"]
+    assert "auroc" not in summary["figures"], "c is known now, and nothing else was unknown"
+    assert f"--dataset_name {folder} {tmp_path / 'more'}" in (tmp_path / "tuned/README.md").read_text()
+
+
+@pytest.mark.parametrize("place", ["vae", "."])
+def test_a_new_model_on_a_given_vae(tmp_path, folder, recipe, place):
+    tiny_vae(16).save_pretrained(tmp_path / "mine" / place)
+    train(arguments(tmp_path, folder, recipe, vae_name_or_path=str(tmp_path / "mine"), num_train_epochs=1))
+    model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
+    assert model.config.latent_channels == model.vae.config.latent_channels == 16
 
 
 def test_latents_are_cached_by_content_processor_and_vae(folder, processor, monkeypatch):
@@ -174,6 +200,8 @@ def test_bad_data_is_named(tmp_path, folder, recipe):
     (tmp_path / "wild/Closed_Set").mkdir(parents=True)
     with pytest.raises(ValueError, match="Closed_Set"):
         load_splits(str(tmp_path / "wild"))
+    with pytest.raises(OSError, match="no_such_vae"):
+        train(arguments(tmp_path, folder, recipe, vae_name_or_path=str(tmp_path / "no_such_vae")))
 
 
 def test_leakzoo_is_what_its_card_says():
