@@ -95,10 +95,10 @@ def enroll(arguments: argparse.Namespace) -> int:
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
     files = find_images(arguments.images)
     with torch.no_grad():
-        embeddings = [model(processor(file)["pixel_values"]).embeddings for file in files]
-    if not embeddings:
+        outputs = [model(processor(file)["pixel_values"]) for file in files]
+    if not outputs:
         raise ValueError(f"no images found in {', '.join(arguments.images)}")
-    model.enroll(arguments.name, torch.cat(embeddings))
+    model.enroll(arguments.name, *(torch.cat([o[part] for o in outputs]) for part in ("embeddings", "gates")))
     model.save_pretrained(target)
     processor.save_pretrained(target)
     origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
@@ -110,14 +110,109 @@ def enroll(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`protoleak evaluate`: every figure of a checkpoint on a data set's held-out test split."""
+    from .data_protoleak import encode_split
+    from .evaluation_protoleak import evaluate_model, format_bias, format_report
+
+    model, processor, splits, accelerator = _load_for_evaluation(arguments)
+    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    alike = {"operator": "jpeg", "strength": 90.0} if arguments.normalise_format else {}
+    data = {
+        split: encode_split(rows, names, model, processor, accelerator, **alike)
+        for split, rows in splits.items()
+    }
+    report = {"model": arguments.model, "dataset": arguments.dataset, "normalised_format": bool(alike)}
+    report |= evaluate_model(
+        model,
+        data["test"],
+        data.get("unknown"),
+        accelerator,
+        splits["unknown"]["label"] if "unknown" in splits else None,
+        arguments.noise_seeds,
+    )
+    report["format_bias"] = format_bias(splits["test"])
+    if accelerator.is_main_process:
+        print(format_report(report))
+        bias = report["format_bias"]
+        if bias["p_value"] < 0.01 and not alike:
+            print(
+                "warning: file formats, sizes or metadata alone tell the classes apart, so a model may have "
+                "learned those; evaluate with --normalise_format, and train on files that are encoded alike",
+                file=sys.stderr,
+            )
+        _write(arguments.output_dir, "evaluation", report, format_report(report))
+    return 0
+
+
+def robustness(arguments: argparse.Namespace) -> int:
+    """`protoleak robustness`: the figures again after every kind of post-processing."""
+    from .evaluation_protoleak import draw_robustness, format_robustness
+    from .evaluation_protoleak import robustness as measure
+
+    model, processor, splits, accelerator = _load_for_evaluation(arguments)
+    table = measure(model, processor, splits, accelerator, arguments.quick)
+    if accelerator.is_main_process:
+        print(format_robustness(table))
+        _write(arguments.output_dir, "robustness", table, format_robustness(table))
+        if arguments.output_dir:
+            draw_robustness(table, Path(arguments.output_dir) / "robustness.png")
+    return 0
+
+
+def _load_for_evaluation(arguments: argparse.Namespace):
+    """Model, processor, the test split with the model's classes, and unknown images where there are any."""
+    from accelerate import Accelerator
+    from datasets import DatasetDict, concatenate_datasets
+
+    from .data_protoleak import load_splits, load_unknown
+    from .image_processing_protoleak import ProtoLeakImageProcessor
+    from .modeling_protoleak import ProtoLeakForImageAttribution
+
+    model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
+    if model.density is None:
+        raise ValueError(f"{arguments.model} has no density, so it has no verdicts to evaluate; run train.py")
+    processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
+    found = load_splits(arguments.dataset)
+    splits = DatasetDict(test=found["test"])
+    unknown = [found["unknown"]] if "unknown" in found else []
+    if arguments.unknown:
+        unknown.append(load_unknown(arguments.unknown))
+    if unknown:
+        splits["unknown"] = concatenate_datasets(
+            [rows.select_columns(["image", "label"]) for rows in unknown]
+        )
+    known = set(model.config.id2label.values())
+    if missing := known ^ set(splits["test"]["label"]):
+        raise ValueError(
+            f"{arguments.dataset} and {arguments.model} must have the same classes; they differ by "
+            f"{sorted(missing)}"
+        )
+    if unknown and (both := known & set(splits["unknown"]["label"])):
+        raise ValueError(
+            f"unknown images must be by generators that the model does not know; got {sorted(both)}"
+        )
+    accelerator = Accelerator()
+    return model.to(accelerator.device), processor, splits, accelerator
+
+
+def _write(folder: str | None, name: str, values: Any, text: str) -> None:
+    if folder:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (target / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
 def format_row(record: dict[str, Any]) -> str:
-    """One attribution as a line of a table."""
+    """One attribution as a line of a table: an ambiguous verdict reads "a or b"."""
     name = Path(record["file"]).name
     if record["error"]:
-        return f"{name:<34} error: {record['error']}"
+        return f"{name:<30} error: {record['error']}"
     best = ", ".join(f"{a['label']} {a['score']:.3f}" for a in record["attributions"][:2])
     p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
-    return f"{name:<34} {record['label']:<20} {p_value:<16} {best}"
+    verdict = " or ".join(record["prediction_set"] or [record["label"]])
+    return f"{name:<30} {verdict:<34} {p_value:<16} {best}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,6 +238,25 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--model", default=str(HERE), help="checkpoint to extend (default: the bundled one)")
     command.add_argument("--output_dir", required=True, help="new folder for the extended checkpoint")
     command.set_defaults(run=enroll)
+    for name, run, what in (
+        ("evaluate", evaluate, "every figure on a data set's held-out test split"),
+        ("robustness", robustness, "the figures after every kind of post-processing"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
+        command.add_argument("--dataset", default=str(HERE / "leakzoo"), help="as train.py takes it")
+        command.add_argument("--unknown", help="images by generators that the model does not know")
+        command.add_argument("--output_dir", help=f"write {name}.json and {name}.md there")
+        command.set_defaults(run=run)
+        if name == "evaluate":
+            command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
+            command.add_argument(
+                "--normalise_format",
+                action="store_true",
+                help="encode every image as JPEG of quality 90 first",
+            )
+        else:
+            command.add_argument("--quick", action="store_true", help="fewer images and strengths")
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

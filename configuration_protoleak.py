@@ -4,6 +4,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 POOLINGS = ("mean", "statistics")
 SCORERS = ("prototype", "mahalanobis", "gmm", "kde", "llr")
+OPEN_SET_SCORES = (
+    "kde", "whitened_kde", "class_kde", "whitened_class_kde", "knn",
+    "mahalanobis", "relative_mahalanobis", "l2_mahalanobis", "gmm",
+)  # fmt: skip
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 DEFAULT_BACKBONE = {  # ResNet-18, the paper's encoder
     "model_type": "resnet",
@@ -56,6 +60,12 @@ class ProtoLeakConfig(PreTrainedConfig):
         scorer (`str`, defaults to `"prototype"`):
             What gives the class scores: the prototype head, or `"mahalanobis"`, `"gmm"`, `"kde"`, `"llr"`,
             fitted on the training embeddings.
+        open_set_score (`str`, defaults to `"kde"`):
+            What tells known from unknown, fitted on the training embeddings. `"kde"`: log density under one
+            exact Gaussian KDE of all, as in the paper; `"class_kde"`: of one for each class; with
+            `"whitened_"`: after whitening by the covariance within the classes; `"mahalanobis"`, `"gmm"`:
+            under Gaussians, or mixtures of two diagonal ones, for the classes; `"relative_mahalanobis"`,
+            `"l2_mahalanobis"`, `"knn"`: scores of the literature, see `density_protoleak.py`.
         alpha (`float`, defaults to 0.05):
             Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
             most alpha.
@@ -88,6 +98,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     scorer: str = "prototype"
+    open_set_score: str = "kde"
     alpha: float = 0.05
 
     def __post_init__(self, **kwargs):
@@ -119,6 +130,7 @@ class ProtoLeakConfig(PreTrainedConfig):
         )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
         self._require("scorer", self.scorer in SCORERS, f"one of {SCORERS}")
+        self._require("open_set_score", self.open_set_score in OPEN_SET_SCORES, f"one of {OPEN_SET_SCORES}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
         for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
             self._require(

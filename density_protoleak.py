@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.mixture import GaussianMixture
 
 DENSITY_FILE = "density.pkl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BANDWIDTHS = tuple(
     float(h) for h in np.geomspace(0.05, 5.0, 25)
 )  # in units of the embeddings' root mean square spread
@@ -73,6 +74,7 @@ def _unpack(value: Any) -> Any:
         )
     if set(value) == {"class", "state"}:
         known = {cls.__name__: cls for cls in (GaussianKDE, KnownDensity, *SCORERS.values())}
+        known |= {cls.__name__: cls for cls in OpenSetScore.__subclasses__()}
         if value["class"] not in known:
             raise ValueError(f"it holds a {value['class']!r}, and only {sorted(known)} are known")
         instance = known[value["class"]]()
@@ -166,15 +168,6 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         ]
         return (torch.cat(scores) + self._log_norm(self.bandwidth_, len(self.samples_))).cpu().numpy()
 
-    def leave_one_out(self) -> np.ndarray:
-        """Log density in nats of each fitted sample under the density of all others, (n,)."""
-        sums = [
-            self._log_kernel_sums(block, self.samples_, [self.bandwidth_], first=i * self.block_size)[0]
-            for i, block in enumerate(self.samples_.split(self.block_size))
-        ]
-        norm = self._log_norm(self.bandwidth_, max(1, len(self.samples_) - 1))
-        return (torch.cat(sums) + norm).cpu().numpy()
-
     def score(self, X: Any, y: Any = None) -> float:  # noqa: N803
         """Total log-likelihood of X in nats."""
         return float(self.score_samples(X).sum())
@@ -183,12 +176,11 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         return -math.log(n) - self.samples_.shape[1] / 2 * math.log(2 * math.pi * bandwidth**2)
 
     def _log_kernel_sums(
-        self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float], first: int | None = None
+        self, queries: torch.Tensor, samples: torch.Tensor, bandwidths: list[float]
     ) -> torch.Tensor:
         """
         logsumexp over samples of -d^2 / 2 h^2 for every h from one pass over the distances: (len(h),
         len(queries)).
-        With `first`, query i is sample first + i, and leaves itself out.
         """
         sums = torch.full(
             (len(bandwidths), len(queries)), -torch.inf, dtype=torch.float64, device=queries.device
@@ -198,10 +190,6 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
             block = samples[start : start + self.block_size]
             norms = query_norms + block.square().sum(dim=1)
             distances = torch.addmm(norms, queries, block.T, alpha=-2).clamp_(min=0)
-            if first is not None:
-                own = torch.arange(len(queries), device=queries.device) + first - start
-                inside = (own >= 0) & (own < len(block))
-                distances[inside.nonzero()[:, 0], own[inside]] = torch.inf
             for row, bandwidth in enumerate(bandwidths):
                 block_sum = torch.logsumexp(distances * (-0.5 / bandwidth**2), dim=1)
                 sums[row] = torch.logaddexp(sums[row], block_sum)
@@ -356,20 +344,186 @@ class LLRScorer(ClassScorer):
 SCORERS = {"mahalanobis": MahalanobisScorer, "gmm": GMMScorer, "kde": KDEScorer, "llr": LLRScorer}
 
 
+# --- open-set scores ----------------------------------------------------------------------------------------
+
+
+class OpenSetScore(BaseEstimator, _Stateful):
+    """
+    `fit(X, y)` on embeddings (n, D) of known classes and labels 0..K-1; `score_samples(X)` (n,) is higher the
+    more an embedding is like theirs.
+
+    Args:
+        transform (`str`): What is done to every embedding first, known or not: `"none"`; `"whiten"`, to unit
+            covariance within the classes; `"normalize"`, to unit length.
+        shrinkage (`float`): How far covariances are drawn to a multiple of the identity.
+    """
+
+    def __init__(self, transform: str = "none", shrinkage: float = 0.1):
+        self.transform, self.shrinkage = transform, shrinkage
+
+    def fit(self, X: Any, y: Any) -> "OpenSetScore":  # noqa: N803
+        samples, labels = _as_tensor(X), torch.as_tensor(np.asarray(y)).long()
+        if self.transform == "whiten":
+            self.mean_ = samples.mean(dim=0)
+            eigenvalues, vectors = torch.linalg.eigh(self._within_class_covariance(samples, labels))
+            self.whitening_ = vectors / eigenvalues.sqrt()  # (D, D)
+        self._fit(self._transformed(samples), labels, int(labels.max()) + 1)
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
+        return self._score(self._transformed(_as_tensor(X))).numpy()
+
+    def _transformed(self, samples: torch.Tensor) -> torch.Tensor:
+        if self.transform == "whiten":
+            return (samples - self.mean_) @ self.whitening_
+        return torch.nn.functional.normalize(samples) if self.transform == "normalize" else samples
+
+    def _within_class_covariance(self, samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        num_labels = int(labels.max()) + 1
+        means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
+        centred = samples - means[labels]
+        covariance = centred.T @ centred / len(samples)
+        identity = torch.eye(samples.shape[1], dtype=torch.float64)
+        return (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().mean() * identity
+
+    def _fit(self, samples: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
+        raise NotImplementedError
+
+    def _score(self, samples: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class PooledDensity(OpenSetScore):
+    """Log density under one Gaussian KDE of all known embeddings."""
+
+    def _fit(self, samples, labels, num_labels):
+        self.kde_ = GaussianKDE().fit(samples)
+
+    def _score(self, samples):
+        return torch.from_numpy(self.kde_.score_samples(samples))
+
+
+class ClassDensity(OpenSetScore):
+    """Log density under the mixture, even in its classes, of a Gaussian KDE of each, of its own bandwidth."""
+
+    def _fit(self, samples, labels, num_labels):
+        self.kdes_ = [GaussianKDE().fit(c) for c in _by_class(samples, labels, num_labels)]
+
+    def _score(self, samples):
+        scores = torch.stack([torch.from_numpy(kde.score_samples(samples)) for kde in self.kdes_], dim=1)
+        return torch.logsumexp(scores, dim=1) - math.log(len(self.kdes_))
+
+
+class GaussianDensity(OpenSetScore):
+    """
+    Log density under a mixture of Gaussians, one a class, that share a covariance: nearly half the negative
+    squared Mahalanobis distance to the nearest class (Lee et al. 2018). With `relative`, over one Gaussian of
+    all (Ren et al. 2021).
+    """
+
+    def __init__(self, transform: str = "none", shrinkage: float = 0.1, relative: bool = False):
+        super().__init__(transform, shrinkage)
+        self.relative = relative
+
+    def _fit(self, samples, labels, num_labels):
+        self.means_ = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
+        self.precision_ = torch.linalg.inv(self._within_class_covariance(samples, labels))
+        self.centre_ = samples.mean(dim=0, keepdim=True)
+        pooled = self._within_class_covariance(samples, torch.zeros_like(labels))
+        self.pooled_precision_ = torch.linalg.inv(pooled)
+
+    def _score(self, samples):
+        score = torch.logsumexp(self._log_kernels(samples, self.means_, self.precision_), dim=1)
+        if self.relative:
+            score = score - self._log_kernels(samples, self.centre_, self.pooled_precision_)[:, 0]
+        return score
+
+    @staticmethod
+    def _log_kernels(samples, means, precision):
+        """Log of K Gaussians, (n, K), up to one constant."""
+        centred = samples[:, None] - means
+        exponents = torch.einsum("nkd,de,nke->nk", centred, precision, centred)
+        return (torch.logdet(precision) - exponents) / 2
+
+
+class MixtureDensity(OpenSetScore):
+    """Log density under the mixture, even in its classes, of [`GMMScorer`]'s mixtures."""
+
+    def _fit(self, samples, labels, num_labels):
+        self.mixtures_ = GMMScorer().fit(samples, labels)
+
+    def _score(self, samples):
+        scores = torch.from_numpy(self.mixtures_.score_samples(samples))
+        return torch.logsumexp(scores, dim=1) - math.log(scores.shape[1])
+
+
+class NeighbourDistance(OpenSetScore):
+    """Negative distance to the k-th nearest known embedding (Sun et al. 2022)."""
+
+    def __init__(self, transform: str = "normalize", shrinkage: float = 0.1, n_neighbors: int = 5):
+        super().__init__(transform, shrinkage)
+        self.n_neighbors = n_neighbors
+
+    def _fit(self, samples, labels, num_labels):
+        self.samples_ = samples
+
+    def _score(self, samples):
+        k = min(self.n_neighbors, len(self.samples_))
+        blocks = [torch.cdist(block, self.samples_) for block in samples.split(2048)]
+        return -torch.cat([block.kthvalue(k, dim=1).values for block in blocks])
+
+
+OPEN_SET_SCORES = {
+    "kde": lambda: PooledDensity(),
+    "whitened_kde": lambda: PooledDensity("whiten"),
+    "class_kde": lambda: ClassDensity(),
+    "whitened_class_kde": lambda: ClassDensity("whiten"),
+    "knn": lambda: NeighbourDistance(),
+    "mahalanobis": lambda: GaussianDensity(),
+    "relative_mahalanobis": lambda: GaussianDensity(relative=True),
+    "l2_mahalanobis": lambda: GaussianDensity("normalize"),
+    "gmm": lambda: MixtureDensity(),
+}
+
+
 # --- what a checkpoint carries ------------------------------------------------------------------------------
+
+
+def _embedded(source: Any) -> dict[str, torch.Tensor]:
+    """Embeddings, gates and labels of an object or a dict, as tensors that agree."""
+    values = {
+        name: source[name] if isinstance(source, dict) else getattr(source, name)
+        for name in ("embeddings", "gates", "labels")
+    }
+    embeddings, gates = (_as_tensor(values[name]).float() for name in ("embeddings", "gates"))
+    labels = torch.as_tensor(np.asarray(values["labels"])).long()
+    if gates.shape != embeddings.shape or labels.shape != embeddings.shape[:1]:
+        shapes = [tuple(part.shape) for part in (embeddings, gates, labels)]
+        raise ValueError(f"embeddings, gates and labels must be (n, D), (n, D) and (n,); got {shapes}")
+    return {"embeddings": embeddings, "gates": gates, "labels": labels}
+
+
+def _conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
+    below = np.searchsorted(calibration.numpy(), scores, side="right")
+    return (1 + below) / (len(calibration) + 1)
 
 
 class KnownDensity(_Stateful):
     """
-    The density of the known classes' embeddings with its calibration, and the fitted class scorers:
-    `density.pkl`.
+    What is known, with its calibration: the density of the known classes' embeddings and the fitted class
+    scorers. On disk it is `density.pkl`.
 
     Attributes:
         labels (`list[str]`): The known classes, in the order of the scorers' columns.
-        kde_ (`GaussianKDE`): Fitted on training embeddings.
-        calibration_ (`torch.Tensor` of shape `(n,)`): Sorted log densities of held-out known images
-            (validation).
+        train_, held_out_ (`dict[str, torch.Tensor]`):
+            Embeddings and gates (n, D), labels (n,) of training images, and of held-out ones (validation).
+        open_set_score (`str`): A name of `OPEN_SET_SCORES`.
+        score_ (`OpenSetScore`): Fitted on training embeddings.
+        calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
+        temperatures_ (`dict[str, float]`): What each scorer's class scores are divided by.
+        class_calibration_ (`dict[str, list[torch.Tensor]]`):
+            For each scorer and class, the sorted probabilities of that class for its held-out images.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
             What the network gave for a fixed input when this was fitted; a network that gives something else
             has changed.
@@ -377,49 +531,88 @@ class KnownDensity(_Stateful):
 
     def __init__(self):
         self.labels: list[str] = []
+        self.open_set_score = "kde"
+        self.temperatures_: dict[str, float] = {}
+        self.class_calibration_: dict[str, list[torch.Tensor]] = {}
 
-    def fit(self, embeddings: Any, labels: Any, held_out: Any, label_names: list[str]) -> "KnownDensity":
+    def fit(
+        self, train: Any, held_out: Any, label_names: list[str], open_set_score: str = "kde"
+    ) -> "KnownDensity":
         """
         Args:
-            embeddings: Training embeddings, (n, D).
-            labels: Their classes, 0..K-1, (n,).
-            held_out: Validation embeddings of known classes, (m, D); they calibrate the p-value.
+            train, held_out: Objects or dicts with `embeddings` and `gates` (n, D) and `labels` 0..K-1 (n,).
+                The held-out ones calibrate; a class that has none is calibrated on its training images, each
+                scored by what is fitted on all others.
             label_names (`list[str]`): K names.
+            open_set_score (`str`): A name of `OPEN_SET_SCORES`.
         """
-        self.labels = list(label_names)
-        self.kde_ = GaussianKDE().fit(embeddings)
-        self.labels_ = torch.as_tensor(np.asarray(labels)).long()
-        self.held_out_ = _as_tensor(held_out).float()
-        self.calibration_ = torch.from_numpy(np.sort(self.kde_.score_samples(self.held_out_)))
+        self.labels, self.open_set_score = list(label_names), open_set_score
+        self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
+        embeddings, labels = self.train_["embeddings"], self.train_["labels"]
+        self.score_ = OPEN_SET_SCORES[open_set_score]().fit(embeddings, labels)
+        scores = [self.score_.score_samples(self.held_out_["embeddings"])]
+        for i in self._without_held_out():
+            kept = torch.arange(len(labels)) != i
+            others = OPEN_SET_SCORES[open_set_score]().fit(embeddings[kept], labels[kept])
+            scores.append(others.score_samples(embeddings[i : i + 1]))
+        self.calibration_ = torch.from_numpy(np.sort(np.concatenate(scores)))
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
 
-    def enroll(self, name: str, embeddings: Any) -> "KnownDensity":
-        """
-        A new density that also knows `name`, from a few embeddings (n, D) of it, n at least 2.
+    def _without_held_out(self) -> list[int]:
+        """Training images of classes that have no held-out images."""
+        labels = self.train_["labels"]
+        return (~torch.isin(labels, self.held_out_["labels"])).nonzero()[:, 0].tolist()
 
-        Their log densities under all others join the calibration scores, so that the p-value stays an honest
-        one.
+    def calibration_set(self) -> dict[str, torch.Tensor]:
+        """What class scores are calibrated on: embeddings and gates (m, D), labels (m,)."""
+        own = self._without_held_out()
+        return {name: torch.cat([self.held_out_[name], self.train_[name][own]]) for name in self.train_}
+
+    def calibrate(self, scorer: str, class_scores: torch.Tensor) -> None:
         """
-        embeddings = _as_tensor(embeddings)
+        Fit the temperature of a scorer by the likelihood of the right classes (Guo et al. 2017), then keep
+        the probabilities that label-conditional p-values compare with.
+
+        Args:
+            scorer (`str`): Whose scores they are.
+            class_scores: Of the images of [`calibration_set`], (m, K).
+        """
+        scores, labels = class_scores.double().cpu(), self.calibration_set()["labels"]
+        own = torch.arange(len(labels))
+
+        def loss(log_temperature: float) -> float:
+            log_probabilities = (scores / math.exp(log_temperature)).log_softmax(dim=1)
+            return -log_probabilities[own, labels].mean().item()
+
+        found = minimize_scalar(loss, bounds=(math.log(1e-3), math.log(1e3)), method="bounded")
+        self.temperatures_[scorer] = math.exp(found.x)
+        probabilities = (scores / self.temperatures_[scorer]).softmax(dim=1)[own, labels]
+        self.class_calibration_[scorer] = [
+            probabilities[labels == k].sort().values for k in range(len(self.labels))
+        ]
+
+    def enroll(self, name: str, embeddings: Any, gates: Any) -> "KnownDensity":
+        """
+        A new density, yet to be calibrated, that also knows `name`, from a few embeddings of it and their
+        gates (n, D), n at least 2.
+        """
+        new = {"embeddings": embeddings, "gates": gates, "labels": np.full(len(embeddings), len(self.labels))}
+        new = _embedded(new)
         if name in self.labels:
             raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
-        if len(embeddings) < 2:
-            raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(embeddings)}")
-        samples = torch.cat([self.kde_.samples_ + self.kde_.mean_, embeddings])
-        labels = torch.cat([self.labels_, torch.full((len(embeddings),), len(self.labels))])
-        enrolled = KnownDensity().fit(samples, labels, self.held_out_, [*self.labels, name])
-        own = torch.from_numpy(enrolled.kde_.leave_one_out()[-len(embeddings) :])
-        enrolled.calibration_ = torch.cat([enrolled.calibration_, own]).sort().values
-        return enrolled
+        if len(new["labels"]) < 2:
+            raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
+        train = {part: torch.cat([self.train_[part], new[part]]) for part in new}
+        return KnownDensity().fit(train, self.held_out_, [*self.labels, name], self.open_set_score)
 
     @property
     def embedding_size(self) -> int:
-        return self.kde_.samples_.shape[1]
+        return self.train_["embeddings"].shape[1]
 
     def log_density(self, embeddings: Any) -> np.ndarray:
-        """Log density in nats, (n,)."""
-        return self.kde_.score_samples(embeddings)
+        """The open-set score, (n,): a log density in nats, or what `open_set_score` has in its place."""
+        return self.score_.score_samples(embeddings)
 
     def p_value(self, log_density: np.ndarray) -> np.ndarray:
         """
@@ -427,8 +620,19 @@ class KnownDensity(_Stateful):
         + 1). For an image exchangeable with the calibration images, P(p <= alpha) <= alpha (Vovk et al.
         2005).
         """
-        below = np.searchsorted(self.calibration_.numpy(), log_density, side="right")
-        return (1 + below) / (len(self.calibration_) + 1)
+        return _conformal_p_values(self.calibration_, log_density)
+
+    def class_p_values(self, scorer: str, probabilities: np.ndarray) -> np.ndarray:
+        """
+        Label-conditional p-value of each class, (n, K), from class probabilities (n, K): for an image of
+        class k, exchangeable with the held-out ones, P(p_k <= alpha) <= alpha, so that the classes with p_k >
+        alpha are a set that has the right one with probability 1 - alpha.
+        """
+        columns = [
+            _conformal_p_values(calibration, probabilities[:, k])
+            for k, calibration in enumerate(self.class_calibration_[scorer])
+        ]
+        return np.stack(columns, axis=1)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to a temporary name beside `path`, then move: a crash leaves the previous file whole."""

@@ -20,7 +20,7 @@ from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, cached_file, logging
 
-from .configuration_protoleak import ProtoLeakConfig
+from .configuration_protoleak import SCORERS, ProtoLeakConfig
 from .density_protoleak import DENSITY_FILE, KnownDensity
 
 if TYPE_CHECKING:  # transformers follows these lines when it copies a checkpoint's code
@@ -62,6 +62,8 @@ class ImageAttributionOutput(ModelOutput):
             Log density in nats under the known classes' embeddings, once a density is fitted.
         p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known
             class".
+        class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
+            Label-conditional conformal p of each class.
         embeddings, gates, temporal_weights, noisy_latents: As in [`ProtoLeakModelOutput`].
     """
 
@@ -69,6 +71,7 @@ class ImageAttributionOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     log_density: torch.Tensor | None = None
     p_values: torch.Tensor | None = None
+    class_p_values: torch.Tensor | None = None
     embeddings: torch.FloatTensor | None = None
     gates: torch.FloatTensor | None = None
     temporal_weights: torch.FloatTensor | None = None
@@ -422,7 +425,7 @@ def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hu
     except Exception as error:  # also what a missing, gated or damaged repository raises
         raise OSError(
             f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
-            f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)), "
+            f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)) "
             f"or set config.vae_name_or_path to a local folder"
         ) from error
 
@@ -470,6 +473,11 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         for name, value in schedule.items():
             setattr(self.config, name, value)
         self._constants.pop("alphas_cumprod", None)
+
+    def set_noise_seed(self, seed: int) -> None:
+        """Draw other noise for evaluation; the config says so from then on."""
+        self.config.noise_seed = seed
+        self._constants.clear()
 
     def alphas_cumprod(self) -> torch.Tensor:
         """abar at the config's timesteps, (T,), from the diffusers scheduler."""
@@ -583,17 +591,11 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(prototype_logits, labels) + self._attention_loss(model.temporal_weights)
-        log_density = p_values = None
-        if self.density is not None and not self.training:
-            scores = self.density.log_density(model.embeddings)
-            log_density, p_values = torch.from_numpy(scores), torch.from_numpy(self.density.p_value(scores))
-        output = ImageAttributionOutput(
-            loss=loss,
-            logits=self._class_scores(model.embeddings, prototype_logits),
-            log_density=log_density,
-            p_values=p_values,
-            **model,
-        )
+        if self.training:
+            verdict = {"logits": prototype_logits}
+        else:
+            verdict = self._verdict(model.embeddings, prototype_logits)
+        output = ImageAttributionOutput(loss=loss, **verdict, **model)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
@@ -602,15 +604,29 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         entropy = -(weights * weights.clamp_min(1e-8).log()).sum(dim=1).mean()  # dropped timesteps weigh 0
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 
-    def _class_scores(self, embeddings: torch.Tensor, prototype_logits: torch.Tensor) -> torch.Tensor:
-        if self.config.scorer == "prototype" or self.training:
-            return prototype_logits
+    def _verdict(self, embeddings, prototype_scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits of the config's scorer at its temperature, and what the density says, where there is one."""
+        scorer, density = self.config.scorer, self.density
+        logits = self._class_scores(scorer, embeddings, prototype_scores)
+        if density is None:
+            return {"logits": logits}
+        logits = logits / density.temperatures_[scorer]
+        log_density = density.log_density(embeddings)
+        probabilities = logits.detach().double().softmax(dim=1).cpu().numpy()
+        return {
+            "logits": logits,
+            "log_density": torch.from_numpy(log_density),
+            "p_values": torch.from_numpy(density.p_value(log_density)),
+            "class_p_values": torch.from_numpy(density.class_p_values(scorer, probabilities)),
+        }
+
+    def _class_scores(self, scorer: str, embeddings, prototype_scores: torch.Tensor) -> torch.Tensor:
+        if scorer == "prototype":
+            return prototype_scores
         if self.density is None:
-            raise ValueError(
-                f"scorer={self.config.scorer!r} needs a density; run train.py, or set scorer='prototype'"
-            )
-        scores = self.density.scorers_[self.config.scorer].score_samples(embeddings)
-        return torch.from_numpy(scores).to(prototype_logits)
+            raise ValueError(f"scorer={scorer!r} needs a density; run train.py, or set scorer='prototype'")
+        scores = self.density.scorers_[scorer].score_samples(embeddings)
+        return torch.from_numpy(scores).to(prototype_scores)
 
     # --- the density
 
@@ -624,14 +640,26 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         self.train(training)
         return embedding
 
-    def fit_density(self, embeddings: Any, labels: Any, held_out: Any) -> None:
+    def fit_density(self, train: Any, held_out: Any) -> None:
         """
-        Fit the density and the scorers of this network's embeddings of known classes; see
-        [`KnownDensity.fit`].
+        Fit density, scorers and calibration on this network's embeddings of known classes.
+
+        Args:
+            train, held_out: With `embeddings`, `gates` and `labels`; see [`KnownDensity.fit`].
         """
         names = [self.config.id2label[k] for k in range(self.config.num_labels)]
-        self.density = KnownDensity().fit(embeddings, labels, held_out, names)
-        self.density.probe_ = self.probe()
+        self._take_density(KnownDensity().fit(train, held_out, names, self.config.open_set_score))
+
+    @torch.no_grad()
+    def _take_density(self, density: KnownDensity) -> None:
+        """Calibrate every scorer, and hold the density."""
+        self.density = density
+        images = density.calibration_set()
+        gates, embeddings = images["gates"].to(self.device), images["embeddings"].to(self.device)
+        prototype_scores = self.head(embeddings, gates)
+        for scorer in SCORERS:
+            density.calibrate(scorer, self._class_scores(scorer, embeddings, prototype_scores))
+        density.probe_ = self.probe()
 
     @torch.no_grad()
     def set_labels(self, names: list[str]) -> None:
@@ -650,16 +678,15 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         self.density = None
 
     @torch.no_grad()
-    def enroll(self, name: str, embeddings: torch.Tensor) -> None:
+    def enroll(self, name: str, embeddings: torch.Tensor, gates: torch.Tensor) -> None:
         """
         Learn one more generator without training: its prototypes are centres of its images' embeddings
         (k-means), and density, scorers and calibration are fitted again.
 
         Args:
             name (`str`): The new class.
-            embeddings (`torch.FloatTensor` of shape `(num_images, embedding_size)`): From this model, of 2
-                images or
-                more.
+            embeddings, gates (`torch.FloatTensor` of shape `(num_images, embedding_size)`):
+                From this model, of 2 images or more.
 
         Raises:
             ValueError: there is no density to extend, the name is taken, or there are too few images.
@@ -668,7 +695,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
 
         if self.density is None:
             raise ValueError("this model has no density to extend; train it with train.py first")
-        density = self.density.enroll(name, embeddings)
+        density = self.density.enroll(name, embeddings, gates)
         count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
         centres = (
             KMeans(count, n_init=10, random_state=0).fit(embeddings.float().cpu().numpy()).cluster_centers_
@@ -677,8 +704,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         new = self.head.prototypes[-1]
         new.fill_(PARKED)  # prototypes without a centre lie where no embedding comes
         new[:count] = torch.from_numpy(centres).to(new)
-        density.probe_ = self.probe()
-        self.density = density
+        self._take_density(density)
 
     def check_density(self, density: KnownDensity) -> None:
         """

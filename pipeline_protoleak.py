@@ -16,7 +16,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 TASK = "image-attribution"
 UNKNOWN = "unknown"
-RECORD_FIELDS = ("label", "score", "is_unknown", "p_value", "log_density", "attributions")
+RECORD_FIELDS = (
+    "label", "score", "is_unknown", "p_value", "log_density", "prediction_set", "attributions",
+)  # fmt: skip
 
 
 def attribution_record(
@@ -24,6 +26,7 @@ def attribution_record(
     labels: list[str],
     log_density: float | None,
     p_value: float | None,
+    class_p_values: torch.Tensor | None,
     alpha: float,
 ) -> dict[str, Any]:
     """
@@ -34,6 +37,7 @@ def attribution_record(
         labels (`list[str]`): Their names.
         log_density (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
             `None` for a model without a density, which then never answers "unknown".
+        class_p_values (*optional*): Label-conditional p-values, (K,).
         alpha (`float`): The verdict is "unknown" when `p_value <= alpha`.
 
     Returns:
@@ -42,17 +46,25 @@ def attribution_record(
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
           held-out known images that look more like the known classes than this one;
         - is_unknown, p_value, log_density;
+        - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
+          images by a class, like its held-out ones, at least 1 - alpha have that class in their set. More
+          than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a density;
         - attributions: every known class with its probability, sorted.
     """
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
     is_unknown = p_value is not None and p_value <= alpha
+    prediction_set = None
+    if class_p_values is not None:
+        kept = [k for k in order if k == order[0] or class_p_values[k] > alpha]
+        prediction_set = [] if is_unknown else [labels[k] for k in kept]
     return {
         "label": UNKNOWN if is_unknown else attributions[0]["label"],
         "score": 1 - p_value if is_unknown else attributions[0]["score"],
         "is_unknown": is_unknown,
         "p_value": p_value,
         "log_density": log_density,
+        "prediction_set": prediction_set,
         "attributions": attributions,
     }
 
@@ -113,6 +125,7 @@ def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any
             labels,
             log_density=float(output["log_density"][i]) if has_density else None,
             p_value=float(output["p_values"][i]) if has_density else None,
+            class_p_values=output["class_p_values"][i] if has_density else None,
             alpha=config.alpha if alpha is None else alpha,
         )
         for i in range(len(output["logits"]))

@@ -11,14 +11,12 @@ weights, the image processor and the image files' content.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,23 +26,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.card_protoleak import write_card
+from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
 from protoleak.evaluation_protoleak import format_summary, predict, summarize
-from protoleak.image_processing_protoleak import SUFFIXES
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent
-GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
-HELD_OUT = {
-    "test": 0.3,
-    "validation": 0.2,
-}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
 logger = logging.getLogger("protoleak.train")
 
 
@@ -81,6 +73,12 @@ class TrainingArguments:
     orientations: int = field(
         default=8, metadata={"help": "Cached views of a training image: 1, 2 (mirrored) or 8 (and turned)."}
     )
+    augmented_views: int = field(
+        default=0,
+        metadata={
+            "help": "More cached views of a training image: post-processed by 1 to 3 random operators."
+        },
+    )
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
@@ -91,191 +89,6 @@ class TrainingArguments:
         default=None, metadata={"help": "Hub id that the finished checkpoint is uploaded to."}
     )
     seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-
-def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
-    """
-    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label`
-    (str).
-
-    Missing validation and test splits are cut from train, by group where a column tells it. Several data sets
-    are joined split by split; a generator that one of them trains on is no longer unknown in another.
-
-    Raises:
-        ValueError: a data set has no images or labels, or the known classes are fewer than two.
-    """
-    names = [name] if isinstance(name, str) else list(name)
-    parts = [_load(part, seed) for part in names]
-    if len(parts) == 1:
-        (splits,) = parts
-    else:
-        splits = DatasetDict()
-        for split in dict.fromkeys(split for part in parts for split in part):
-            rows = [part[split].select_columns(["image", "label"]) for part in parts if split in part]
-            splits[split] = datasets.concatenate_datasets(rows)
-    name, known = ", ".join(names), set(splits["train"]["label"])
-    if len(known) < 2:
-        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
-    for split in ("validation", "test"):
-        if extra := set(splits[split]["label"]) ^ known:
-            raise ValueError(
-                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
-            )
-    if "unknown" in splits and known & set(splits["unknown"]["label"]):
-        labels = np.array(splits["unknown"]["label"])
-        splits["unknown"] = splits["unknown"].select(np.flatnonzero(~np.isin(labels, list(known))))
-        if not len(splits["unknown"]):
-            del splits["unknown"]
-    return splits
-
-
-def _load(name: str, seed: int) -> DatasetDict:
-    """One data set with train, validation, test and perhaps unknown."""
-    if (Path(name) / "Closed_Set").is_dir():
-        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
-        if (Path(name) / "Open_Set").is_dir():
-            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
-    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
-        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
-        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
-        splits = load_dataset("imagefolder", data_files=folders)
-    else:
-        splits = load_dataset(name)
-        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
-            splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)  # folders of one class
-    if "train" not in splits:
-        raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
-    splits = DatasetDict(
-        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
-    )
-    for split in ("test", "validation"):
-        if split not in splits:
-            share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
-            splits["train"], splits[split] = _cut(splits["train"], share, seed)
-    return splits
-
-
-def _class_folders(root: Path) -> Dataset:
-    """
-    Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3).
-    """
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
-    labels = [p.relative_to(root).parts[0] for p in files]
-    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column(
-        "image", datasets.Image()
-    )
-
-
-def _normalise(rows: Dataset, what: str) -> Dataset:
-    columns = {
-        name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)
-    }
-    if not columns or "label" not in rows.features:
-        raise ValueError(f"{what} needs an image column and a column 'label'; got {rows.features}")
-    image = next(iter(columns))
-    rows = rows if image == "image" else rows.rename_column(image, "image")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    if isinstance(label := rows.features["label"], ClassLabel):
-        names = label.int2str(rows["label"][:])
-        rows = rows.remove_columns("label").add_column("label", names)
-    return rows
-
-
-def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Cut a share off, by group if a column tells it, else within each class."""
-    rng = np.random.default_rng(seed)
-    column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
-    labels, cut = np.array(rows["label"]), np.zeros(len(rows), bool)
-    if column:
-        groups = np.array(rows[column])
-        names = rng.permutation(np.unique(groups))
-        cut = np.isin(groups, names[: max(1, round(share * len(names)))])
-    else:
-        for label in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == label))
-            cut[members[: max(1, round(share * len(members)))]] = True
-    return rows.select(np.flatnonzero(~cut)), rows.select(np.flatnonzero(cut))
-
-
-def content_key(
-    rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor
-) -> str:
-    """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
-    digest = hashlib.sha256(
-        json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode()
-    )
-    for name, weight in sorted(model.vae.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for image in rows["image"]:
-        digest.update(hashlib.sha256(_image_bytes(image)).digest())
-    return digest.hexdigest()[:32]
-
-
-def _image_bytes(image: dict[str, Any]) -> bytes:
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-def encode_split(
-    rows: Dataset, label_names: list[str],
-    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
-    accelerator: Accelerator, orientation: int = 0, batch_size: int = 16, key: str | None = None,
-) -> TensorDataset:  # fmt: skip
-    """
-    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; cached. `orientation`
-    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `key` is the rows'
-    [`content_key`], where it is at hand.
-    """
-    channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
-    views = () if processor.num_crops == 1 else (processor.num_crops,)
-    shape = (*views, channels, side, side)
-
-    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
-        images = [image["bytes"] if image["bytes"] is not None else image["path"] for image in batch["image"]]
-        pixels = processor(images)["pixel_values"].rot90(orientation // 2, (-2, -1))
-        latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
-        return {"latents": latents.flatten(1).cpu().numpy()}
-
-    key = f"{key or content_key(rows, model, processor)}-{orientation}"
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
-    folder.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        encoded = rows.map(
-            encode,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=rows.column_names,
-            features=Features(latents=List(Value("float32"), length=math.prod(shape))),
-            cache_file_name=str(folder / f"{key}.arrow"),
-            new_fingerprint=key,
-            desc="encoding images with the VAE",
-        )
-    latents = torch.from_numpy(encoded.with_format("numpy")["latents"][:]).view(-1, *shape)
-    index = {name: k for k, name in enumerate(label_names)}
-    return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
-
-
-class RandomOrientation(torch.utils.data.Dataset):
-    """One of several encodings of each image, drawn anew each time."""
-
-    def __init__(self, orientations: list[TensorDataset]):
-        self.orientations = orientations
-
-    def __len__(self) -> int:
-        return len(self.orientations[0])
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        return self.orientations[int(torch.randint(len(self.orientations), ()))][index]
-
-
-def _reduction(vae) -> int:
-    """How many pixels one side of a latent stands for."""
-    blocks = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
-    return 2 ** (len(blocks) - 1)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -395,18 +208,32 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         if split != "train"
     }
     key = content_key(splits["train"], model, processor)
-    seen = RandomOrientation(
+    seen = RandomView(
         [
             encode_split(splits["train"], label_names, model, processor, accelerator, orientation, key=key)
             for orientation in range(arguments.orientations)
         ]
+        + [
+            encode_split(
+                splits["train"],
+                label_names,
+                model,
+                processor,
+                accelerator,
+                view % arguments.orientations,
+                f"step{1 + view % 3}",
+                seed=view,
+                key=key,
+            )
+            for view in range(arguments.augmented_views)
+        ]  # fmt: skip
     )
-    data["train"] = seen.orientations[0]
+    data["train"] = seen.views[0]
     encoded = time.perf_counter()
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
-    model.fit_density(known["train"].embeddings, known["train"].labels, known["validation"].embeddings)
+    model.fit_density(known["train"], known["validation"])
     test = predict(model, data["test"], accelerator)
     unknown = predict(model, data["unknown"], accelerator) if "unknown" in data else None
     summary = {
@@ -417,7 +244,7 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
             "training": round(trained - encoded, 1),
             "total": round(time.perf_counter() - started, 1),
         },
-        **summarize(test, unknown, label_names),
+        **summarize(test, unknown, label_names, alpha=model.config.alpha),
         "history": history,
     }
     if accelerator.is_main_process:

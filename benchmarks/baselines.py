@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from protoleak import GaussianKDE, ProtoLeakImageProcessor
+from protoleak.data_protoleak import load_splits
 from protoleak.evaluation_protoleak import Predictions, format_summary, summarize
-from protoleak.train import load_splits
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -68,7 +68,7 @@ def spectra_predictions(pixels, labels) -> dict[str, Predictions]:
     scaled = {split: classifier[0].transform(f) for split, f in features.items()}
     kde = GaussianKDE().fit(scaled["train"])
     return {
-        s: Predictions(f, classifier.predict_proba(f), kde.score_samples(scaled[s]), labels[s])
+        s: Predictions(f, classifier.predict_proba(f), labels[s], kde.score_samples(scaled[s]))
         for s, f in features.items()
     }
 
@@ -110,7 +110,7 @@ def pixel_resnet_predictions(
     outputs = {split: _infer(model, p) for split, p in pixels.items()}
     kde = GaussianKDE().fit(outputs["train"][0])
     return {
-        s: Predictions(f.numpy(), logits.double().softmax(1).numpy(), kde.score_samples(f), labels[s])
+        s: Predictions(f.numpy(), logits.double().softmax(1).numpy(), labels[s], kde.score_samples(f))
         for s, (f, logits) in outputs.items()
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.train import load_splits
+from protoleak.data_protoleak import load_splits
 
 HERE = Path(__file__).parent.parent
 ENROLLED = 10
@@ -31,7 +31,8 @@ def main() -> None:
         test = splits["test"]
         before = outputs(rest).p_values
         known_before = outputs(test)
-        model.enroll(name, outputs(few).embeddings)
+        enrolled = outputs(few)
+        model.enroll(name, enrolled.embeddings, enrolled.gates)
         after, known_after = outputs(rest), outputs(test)
         column, alpha = model.config.label2id[name], model.config.alpha
         labels = torch.tensor([model.config.label2id[label] for label in test["label"]])

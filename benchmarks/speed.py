@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from protoleak import GaussianKDE, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.train import load_splits
+from protoleak.data_protoleak import load_splits
 from sklearn.neighbors import KernelDensity
 
 HERE = Path(__file__).parent.parent

@@ -38,6 +38,7 @@ Returns:
     auroc, aupr: Known against unknown, known is positive.
     fpr95: Share of unknown images taken for known where 95 % of known ones are.
     eer: Where both error rates are equal.
+    overlap: 1 - max(TPR - FPR), what the two distributions have in common.
     oscr: Area under correct classification rate against false positive rate (Dhamija et al. 2018).
 Raises:
     ValueError: on fewer than two classes, a class that is missing, NaN, or shapes that don't agree.
@@ -103,6 +104,7 @@ def open_set_figures(known_scores: np.ndarray, unknown_scores: np.ndarray) -> di
         "aupr": float(average_precision_score(is_known, scores)),
         "fpr95": float(false_positive[np.searchsorted(true_positive, 0.95)]),
         "eer": float((false_positive[crossing] + 1 - true_positive[crossing]) / 2),
+        "overlap": float(1 - (true_positive - false_positive).max()),
     }
 
 

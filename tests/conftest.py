@@ -47,9 +47,14 @@ def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
 
 def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
-    size, labels = model.config.embedding_size, np.arange(60) % model.config.num_labels
-    embeddings = rng.normal(size=(60, size)) + labels[:, None]
-    model.fit_density(embeddings, labels, rng.normal(size=(40, size)) + 1)
+    size, num_labels = model.config.embedding_size, model.config.num_labels
+
+    def draw(count: int) -> dict[str, np.ndarray]:
+        labels = np.arange(count) % num_labels
+        embeddings = rng.normal(size=(count, size)) + labels[:, None]
+        return {"embeddings": embeddings, "gates": rng.uniform(size=(count, size)), "labels": labels}
+
+    model.fit_density(draw(60), draw(40))
 
 
 @pytest.fixture

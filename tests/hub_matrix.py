@@ -54,10 +54,8 @@ def scores_by_loader(source: str, image: str) -> dict[str, dict[str, float]]:
         processor = AutoImageProcessor.from_pretrained(source, **trust)
         found["AutoModelForImageClassification"] = of_output(auto, auto(**processor(image)))
         base = AutoModel.from_pretrained(source, **trust)(**processor(image))
-        output = SimpleNamespace(
-            logits=model.head(base.embeddings, base.gates),
-            log_density=model.density.log_density(base.embeddings),
-        )
+        prototype_scores = model.head(base.embeddings, base.gates)
+        output = SimpleNamespace(**model._verdict(base.embeddings, prototype_scores))
         found["AutoModel"] = of_output(model, output)
     found["image-attribution"] = of_record(pipeline("image-attribution", model=source, **trust)(image))
     records = pipeline("image-classification", model=source, **trust)(image, top_k=1000)

@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 import torch
 from protoleak import GaussianKDE, KnownDensity
-from protoleak.density_protoleak import SCORERS, GMMScorer, KDEScorer, LLRScorer, MahalanobisScorer
+from protoleak.density_protoleak import (
+    OPEN_SET_SCORES,
+    SCORERS,
+    GaussianDensity,
+    GMMScorer,
+    KDEScorer,
+    LLRScorer,
+    MahalanobisScorer,
+    NeighbourDistance,
+    OpenSetScore,
+)
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
-from sklearn.neighbors import KernelDensity
+from sklearn.neighbors import KernelDensity, NearestNeighbors
 
 
 @pytest.fixture
@@ -150,7 +161,9 @@ def test_p_values_rise_with_density():
 @pytest.fixture
 def density(blobs) -> KnownDensity:
     samples, labels, queries = blobs
-    density = KnownDensity().fit(samples, labels, queries, ["real", "a", "b"])
+    train = {"embeddings": samples, "gates": np.ones_like(samples), "labels": labels}
+    held_out = {"embeddings": queries, "gates": np.ones_like(queries), "labels": np.arange(len(queries)) % 3}
+    density = KnownDensity().fit(train, held_out, ["real", "a", "b"])
     density.probe_ = torch.zeros(128)
     return density
 
@@ -197,7 +210,7 @@ def test_malicious_files_run_nothing(tmp_path):
     path = tmp_path / "density.pkl"
     for attack in (_Attack(os.mkdir, str(victim)), _Attack(eval, f"__import__('os').mkdir({str(victim)!r})")):
         for protocol in range(6):
-            path.write_bytes(pickle.dumps({"version": 1, "density": attack}, protocol=protocol))
+            path.write_bytes(pickle.dumps({"version": 2, "density": attack}, protocol=protocol))
             with pytest.raises(ValueError, match="refused"):
                 KnownDensity.load(path)
             assert not victim.exists()
@@ -219,27 +232,125 @@ def test_damaged_files_are_named(content, tmp_path):
         KnownDensity.load(tmp_path / "density.pkl")
 
 
-def test_leave_one_out_leaves_one_out(blobs):
-    samples = blobs[0][:40]
-    kde = GaussianKDE(bandwidth=0.8, block_size=16).fit(samples)
-    expected = [
-        GaussianKDE(bandwidth=0.8).fit(np.delete(samples, i, axis=0)).score_samples(samples[i : i + 1])[0]
-        for i in range(40)
-    ]
-    np.testing.assert_allclose(kde.leave_one_out(), expected, atol=1e-6)
-
-
 def test_enrolling_extends_the_density(density, blobs):
     rng = np.random.default_rng(5)
     new = rng.normal(size=(10, 128)) * 0.5 + 6
     queries = rng.normal(size=(20, 128)) * 0.5 + 6
-    enrolled = density.enroll("c", new)
+    enrolled = density.enroll("c", new, np.ones_like(new))
     assert enrolled.labels == ["real", "a", "b", "c"]
     assert (density.p_value(density.log_density(queries)) <= 0.05).all()
     assert (enrolled.p_value(enrolled.log_density(queries)) > 0.05).mean() > 0.8
     assert (enrolled.scorers_["mahalanobis"].score_samples(queries).argmax(1) == 3).all()
-    assert len(enrolled.calibration_) == len(density.calibration_) + 10
+    again = enrolled.enroll("d", -new, np.ones_like(new))
+    for more, count in ((enrolled, 10), (again, 20)):
+        assert len(more.calibration_) == len(density.calibration_) + count
+        assert len(more.calibration_set()["labels"]) == len(density.calibration_) + count
+    others = type(enrolled.score_)().fit(enrolled.train_["embeddings"][:-1], enrolled.train_["labels"][:-1])
+    left_out = others.score_samples(enrolled.train_["embeddings"][-1:])[0]
+    assert (enrolled.calibration_ - left_out).abs().min() < 1e-9, "an enrolled image is scored by the others"
     with pytest.raises(ValueError, match="already known"):
-        density.enroll("a", new)
+        density.enroll("a", new, new)
     with pytest.raises(ValueError, match="at least 2"):
-        density.enroll("c", new[:1])
+        density.enroll("c", new[:1], new[:1])
+    with pytest.raises(ValueError, match=r"\(10, 128\), \(5, 128\)"):
+        density.enroll("c", new, new[:5])
+
+
+# --- open-set scores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPEN_SET_SCORES)
+def test_every_open_set_score_ranks_strangers_last(blobs, name):
+    samples, labels, _ = blobs
+    score = OPEN_SET_SCORES[name]().fit(samples[:150], labels[:150])
+    strangers = np.random.default_rng(1).normal(size=(50, 128)) * 0.5 - 1.5 * np.sign(samples[0])
+    known, unknown = score.score_samples(samples[150:]), score.score_samples(strangers)
+    assert roc_auc_score(np.repeat([1, 0], [len(known), 50]), np.concatenate([known, unknown])) > 0.95
+
+
+def test_whitening_makes_the_classes_covariance_the_identity(blobs):
+    samples, labels, _ = blobs
+    few = samples[:, :5] @ np.random.default_rng(0).normal(size=(5, 5))
+    score = OpenSetScore("whiten", shrinkage=0.0)
+    score._fit = lambda samples, labels, num_labels: None
+    white = score.fit(few, labels)._transformed(torch.from_numpy(few)).numpy()
+    centred = white - np.stack([white[labels == k].mean(0) for k in range(3)])[labels]
+    np.testing.assert_allclose(centred.T @ centred / len(centred), np.eye(5), atol=1e-9)
+
+
+def test_gaussian_density_is_scipys(blobs):
+    samples, labels, queries = blobs
+    few, asked = samples[:, :4], queries[:, :4]
+    score = GaussianDensity(shrinkage=0.0)
+    means = np.stack([few[labels == k].mean(0) for k in range(3)])
+    centred = few - means[labels]
+    covariance = centred.T @ centred / len(few)
+    densities = [multivariate_normal(mean, covariance).pdf(asked) for mean in means]
+    found = score.fit(few, labels).score_samples(asked)
+    expected = np.log(sum(densities))
+    np.testing.assert_allclose(found - found[0], expected - expected[0], atol=1e-8)
+    pooled = multivariate_normal(few.mean(0), np.cov(few.T, bias=True)).logpdf(asked)
+    relative = GaussianDensity(shrinkage=0.0, relative=True).fit(few, labels).score_samples(asked)
+    np.testing.assert_allclose(relative - relative[0], expected - pooled - (expected - pooled)[0], atol=1e-8)
+
+
+def test_neighbour_distance_is_scikit_learns(blobs):
+    samples, labels, queries = blobs
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (samples, queries)]
+    distances, _ = NearestNeighbors(n_neighbors=5).fit(unit[0]).kneighbors(unit[1])
+    found = NeighbourDistance().fit(samples, labels).score_samples(queries)
+    np.testing.assert_allclose(found, -distances[:, 4], atol=1e-6)
+
+
+# --- conformal sets and temperature -------------------------------------------------------------------------
+
+
+def test_false_unknowns_stay_within_alpha_over_random_calibration_splits(blobs):
+    """
+    Whatever the score. Of 200 calibration splits of 60 images and 40 others each, the share of false
+    unknowns averages floor(alpha (m + 1)) / (m + 1); its standard error is under 0.004.
+    """
+    samples, labels, _ = blobs
+    rng, realised = np.random.default_rng(0), []
+    score = OPEN_SET_SCORES["kde"]().fit(samples[:100], labels[:100])
+    values = score.score_samples(samples[100:200])
+    density = KnownDensity()
+    for _ in range(200):
+        order = rng.permutation(100)
+        density.calibration_ = torch.from_numpy(np.sort(values[order[:60]]))
+        realised.append((density.p_value(values[order[60:]]) <= 0.05).mean())
+    assert np.mean(realised) == pytest.approx(3 / 61, abs=0.012)
+    assert np.mean(realised) <= 0.05 + 0.012
+
+
+def test_prediction_sets_have_the_right_class(density):
+    """Label-conditional coverage of at least 1 - alpha in every class, over random calibration splits."""
+    rng = np.random.default_rng(0)
+    alpha, missed = 0.1, {0: [], 1: [], 2: []}
+    for _ in range(200):
+        labels = np.arange(120) % 3
+        scores = rng.normal(size=(120, 3)) + np.eye(3)[labels] * [1, 2, 3]
+        probabilities = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        own = probabilities[np.arange(60), labels[:60]]
+        density.class_calibration_["prototype"] = [
+            torch.from_numpy(np.sort(own[labels[:60] == k])) for k in range(3)
+        ]
+        p_values = density.class_p_values("prototype", probabilities[60:])
+        for k in range(3):
+            missed[k].append((p_values[labels[60:] == k, k] <= alpha).mean())
+    for k in range(3):
+        assert np.mean(missed[k]) == pytest.approx(2 / 21, abs=0.02)
+
+
+def test_the_temperature_is_found(density):
+    rng = np.random.default_rng(0)
+    labels = density.calibration_set()["labels"].numpy()
+    true = rng.normal(size=(len(labels), 3))
+    draws = (true + rng.gumbel(size=true.shape)).argmax(1)  # labels drawn from softmax(true)
+    density.held_out_["labels"] = torch.from_numpy(draws)
+    density.calibrate("prototype", torch.from_numpy(true * 7.0))
+    found = density.temperatures_["prototype"]
+    grid = np.geomspace(1, 50, 2000)
+    losses = [-torch.tensor(true * 7 / t).log_softmax(1)[np.arange(len(draws)), draws].mean() for t in grid]
+    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.01)
+    assert 3 < found < 14

@@ -54,6 +54,7 @@ def test_open_set_figures_by_counting():
     assert result["auroc"] == pytest.approx(np.mean(pairs))
     assert result["fpr95"] == 0.25  # all four known are above 1.0, and of the unknown only 2.5 is
     assert result["eer"] == 0.25
+    assert result["overlap"] == 0.25
 
 
 def test_oscr_by_counting():

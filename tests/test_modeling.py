@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
+from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics, load_vae
 from safetensors.torch import load_file, save_file
 
@@ -348,10 +349,22 @@ def test_the_scorer_is_saved_with_the_checkpoint(fitted_model, scorer, tmp_path)
     reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
     output = reloaded(latents=latents())
     expected = fitted_model.density.scorers_[scorer].score_samples(output.embeddings.detach())
+    expected = expected / fitted_model.density.temperatures_[scorer]
     np.testing.assert_allclose(output.logits.detach(), expected, rtol=1e-4)
     reloaded.density = None
     with pytest.raises(ValueError, match=scorer):
         reloaded(latents=latents())
+
+
+@pytest.mark.parametrize("name", OPEN_SET_SCORES)
+def test_the_open_set_score_is_saved_with_the_checkpoint(name, tmp_path):
+    model = tiny_model(open_set_score=name)
+    fit_random_density(model)
+    model.save_pretrained(tmp_path)
+    output = model(latents=latents(3))
+    reloaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)(latents=latents(3))
+    for part in ("logits", "log_density", "p_values", "class_p_values"):
+        torch.testing.assert_close(reloaded[part], output[part], atol=1e-6, rtol=1e-6)
 
 
 def test_a_density_of_other_weights_is_refused_and_not_saved(fitted_model, tmp_path, caplog):
@@ -412,8 +425,9 @@ def test_known_classes_keep_their_prototypes(fitted_model):
 
 
 def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
-    near = fitted_model(latents=latents(8) * 0.1 + 3).embeddings.detach()
-    fitted_model.enroll("new", near)
+    output = fitted_model(latents=latents(8) * 0.1 + 3)
+    near = output.embeddings.detach(), output.gates.detach()
+    fitted_model.enroll("new", *near)
     output = fitted_model(latents=latents(4, seed=9) * 0.1 + 3)
     assert (output.logits.argmax(dim=1) == 3).all()
     assert (output.p_values > 0.05).all()
@@ -422,7 +436,7 @@ def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
     torch.testing.assert_close(reloaded(latents=latents()).logits, fitted_model(latents=latents()).logits)
     fitted_model.density = None
     with pytest.raises(ValueError, match="no density"):
-        fitted_model.enroll("newer", near)
+        fitted_model.enroll("newer", *near)
 
 
 # --- what transformers asks of every model ------------------------------------------------------------------

@@ -39,18 +39,24 @@ def images(tmp_path):
 
 def test_a_record_says_what_the_numbers_say():
     probabilities = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
-    known = attribution_record(probabilities, LABELS, log_density=-3.0, p_value=0.4, alpha=0.05)
+    of_class = torch.tensor([0.06, 0.5, 0.05], dtype=torch.float64)
+    known = attribution_record(probabilities, LABELS, -3.0, 0.4, of_class, alpha=0.05)
     assert tuple(known) == RECORD_FIELDS
     assert (known["label"], known["score"], known["is_unknown"]) == ("a", pytest.approx(0.7), False)
     assert [a["label"] for a in known["attributions"]] == ["a", "real", "b"]
-    unknown = attribution_record(probabilities, LABELS, log_density=-9.0, p_value=0.05, alpha=0.05)
+    assert known["prediction_set"] == ["a", "real"], "b is at alpha"
+    unlikely = attribution_record(probabilities, LABELS, -3.0, 0.4, of_class * 0, alpha=0.05)
+    assert unlikely["prediction_set"] == ["a"], "the likeliest class is always in"
+    unknown = attribution_record(probabilities, LABELS, -9.0, 0.05, of_class, alpha=0.05)
+    assert unknown["prediction_set"] == []
     assert (unknown["label"], unknown["score"], unknown["is_unknown"]) == (
         "unknown",
         pytest.approx(0.95),
         True,
     )
     assert unknown["attributions"] == known["attributions"]
-    assert attribution_record(probabilities, LABELS, None, None, 0.05)["is_unknown"] is False
+    without = attribution_record(probabilities, LABELS, None, None, None, 0.05)
+    assert (without["is_unknown"], without["prediction_set"]) == (False, None)
 
 
 def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):

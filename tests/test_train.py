@@ -8,8 +8,9 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.data_protoleak import content_key, encode_split, load_splits
 from protoleak.evaluation_protoleak import predict
-from protoleak.train import TrainingArguments, content_key, encode_split, load_splits, train
+from protoleak.train import TrainingArguments, train
 
 from .conftest import tiny_config, tiny_model, tiny_vae
 

@@ -1,0 +1,237 @@
+"""
+Image data sets as `datasets` loads them: splits, labels, and latents that are encoded once and cached.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
+from torch.utils.data import TensorDataset
+
+from .image_processing_protoleak import SUFFIXES, ProtoLeakImageProcessor, find_images, open_image
+from .modeling_protoleak import ProtoLeakForImageAttribution
+from .postprocessing_protoleak import postprocess
+
+GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
+HELD_OUT = {
+    "test": 0.3,
+    "validation": 0.2,
+}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
+
+
+def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
+    """
+    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label`
+    (str).
+
+    Missing validation and test splits are cut from train, by group where a column tells it. Several data sets
+    are joined split by split; a generator that one of them trains on is no longer unknown in another.
+
+    Raises:
+        ValueError: a data set has no images or labels, or the known classes are fewer than two.
+    """
+    names = [name] if isinstance(name, str) else list(name)
+    parts = [_load(part, seed) for part in names]
+    if len(parts) == 1:
+        (splits,) = parts
+    else:
+        splits = DatasetDict()
+        for split in dict.fromkeys(split for part in parts for split in part):
+            rows = [part[split].select_columns(["image", "label"]) for part in parts if split in part]
+            splits[split] = datasets.concatenate_datasets(rows)
+    name, known = ", ".join(names), set(splits["train"]["label"])
+    if len(known) < 2:
+        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
+    for split in ("validation", "test"):
+        if extra := set(splits[split]["label"]) ^ known:
+            raise ValueError(
+                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
+            )
+    if "unknown" in splits and known & set(splits["unknown"]["label"]):
+        labels = np.array(splits["unknown"]["label"])
+        splits["unknown"] = splits["unknown"].select(np.flatnonzero(~np.isin(labels, list(known))))
+        if not len(splits["unknown"]):
+            del splits["unknown"]
+    return splits
+
+
+def _load(name: str, seed: int) -> DatasetDict:
+    """One data set with train, validation, test and perhaps unknown."""
+    if (Path(name) / "Closed_Set").is_dir():
+        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
+        if (Path(name) / "Open_Set").is_dir():
+            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
+    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
+        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
+        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
+        splits = load_dataset("imagefolder", data_files=folders)
+    else:
+        splits = load_dataset(name)
+        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
+            splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)  # folders of one class
+    if "train" not in splits:
+        raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
+    splits = DatasetDict(
+        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
+    )
+    for split in ("test", "validation"):
+        if split not in splits:
+            share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
+            splits["train"], splits[split] = _cut(splits["train"], share, seed)
+    return splits
+
+
+def load_unknown(name: str) -> Dataset:
+    """
+    Every image of a data set, whatever its splits, labelled by its column `label`, by its folders where there
+    are any, or else as "unknown".
+    """
+    if Path(name).is_dir() and any(
+        p.is_file() and p.suffix.lower() in SUFFIXES for p in Path(name).iterdir()
+    ):
+        files = [str(p) for p in find_images([name])]
+        rows = Dataset.from_dict({"image": files, "label": ["unknown"] * len(files)})
+        return _normalise(rows.cast_column("image", datasets.Image()), name)
+    splits = load_dataset(name)
+    if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
+        splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)
+    return datasets.concatenate_datasets(
+        [
+            _normalise(rows, f"{name}, split {split!r}").select_columns(["image", "label"])
+            for split, rows in splits.items()
+        ]
+    )
+
+
+def _class_folders(root: Path) -> Dataset:
+    """
+    Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3).
+    """
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
+    labels = [p.relative_to(root).parts[0] for p in files]
+    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column(
+        "image", datasets.Image()
+    )
+
+
+def _normalise(rows: Dataset, what: str) -> Dataset:
+    columns = {
+        name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)
+    }
+    if not columns or "label" not in rows.features:
+        raise ValueError(f"{what} needs an image column and a column 'label'; got {rows.features}")
+    image = next(iter(columns))
+    rows = rows if image == "image" else rows.rename_column(image, "image")
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    if isinstance(label := rows.features["label"], ClassLabel):
+        names = label.int2str(rows["label"][:])
+        rows = rows.remove_columns("label").add_column("label", names)
+    return rows
+
+
+def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Cut a share off, by group if a column tells it, else within each class."""
+    rng = np.random.default_rng(seed)
+    column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
+    labels, cut = np.array(rows["label"]), np.zeros(len(rows), bool)
+    if column:
+        groups = np.array(rows[column])
+        names = rng.permutation(np.unique(groups))
+        cut = np.isin(groups, names[: max(1, round(share * len(names)))])
+    else:
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            cut[members[: max(1, round(share * len(members)))]] = True
+    return rows.select(np.flatnonzero(~cut)), rows.select(np.flatnonzero(cut))
+
+
+def content_key(
+    rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor
+) -> str:
+    """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
+    digest = hashlib.sha256(
+        json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode()
+    )
+    for name, weight in sorted(model.vae.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for image in rows["image"]:
+        digest.update(hashlib.sha256(_image_bytes(image)).digest())
+    return digest.hexdigest()[:32]
+
+
+def _image_bytes(image: dict[str, Any]) -> bytes:
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def encode_split(
+    rows: Dataset, label_names: list[str],
+    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
+    accelerator: Accelerator, orientation: int = 0, operator: str | None = None,
+    strength: float | None = None, seed: int = 0, batch_size: int = 16, key: str | None = None,
+) -> TensorDataset:  # fmt: skip
+    """
+    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; cached. `orientation`
+    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `operator`, `strength` and
+    `seed` [`postprocess`] the images before that; `key` is the rows' [`content_key`], where it is at hand.
+    """
+    channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
+    views = () if processor.num_crops == 1 else (processor.num_crops,)
+    shape = (*views, channels, side, side)
+
+    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        images = [image["bytes"] if image["bytes"] is not None else image["path"] for image in batch["image"]]
+        if operator is not None:
+            images = [open_image(image, processor.max_pixels) for image in images]
+            images = [postprocess(image, operator, strength, seed) for image in images]
+        pixels = processor(images)["pixel_values"].rot90(orientation // 2, (-2, -1))
+        latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
+        return {"latents": latents.flatten(1).cpu().numpy()}
+
+    key = f"{key or content_key(rows, model, processor)}-{orientation}"
+    if operator is not None:
+        key += f"-{operator}-{strength}-{seed}"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():
+        encoded = rows.map(
+            encode,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=rows.column_names,
+            features=Features(latents=List(Value("float32"), length=math.prod(shape))),
+            cache_file_name=str(folder / f"{key}.arrow"),
+            new_fingerprint=key,
+            desc="encoding images with the VAE",
+        )
+    latents = torch.from_numpy(encoded.with_format("numpy")["latents"][:]).view(-1, *shape)
+    index = {name: k for k, name in enumerate(label_names)}
+    return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
+
+
+class RandomView(torch.utils.data.Dataset):
+    """One of several cached encodings of each image, drawn anew each time."""
+
+    def __init__(self, views: list[TensorDataset]):
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return self.views[int(torch.randint(len(self.views), ()))][index]
+
+
+def _reduction(vae) -> int:
+    """How many pixels one side of a latent stands for."""
+    blocks = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return 2 ** (len(blocks) - 1)
