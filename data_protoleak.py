@@ -5,6 +5,7 @@ Image data sets as `datasets` loads them: splits, labels, and latents that are e
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,19 @@ def load_unknown(name: str) -> Dataset:
 
 def _class_folders(root: Path) -> Dataset:
     """
-    Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3).
+    Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3). The
+    last number in a file's name is its prompt's, where all classes have the same ones.
     """
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
     labels = [p.relative_to(root).parts[0] for p in files]
-    return Dataset.from_dict({"image": [str(p) for p in files], "label": labels}).cast_column(
-        "image", datasets.Image()
-    )
+    columns = {"image": [str(p) for p in files], "label": labels}
+    prompts = [int(numbers[-1]) if (numbers := re.findall(r"\d+", p.stem)) else None for p in files]
+    of_class = [{n for n, label in zip(prompts, labels, strict=True) if label == k} for k in set(labels)]
+    if None not in prompts and all(numbers == of_class[0] for numbers in of_class):
+        columns["prompt"] = prompts  # every generator has the same numbers: they are those of the prompts
+    return Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
 def _normalise(rows: Dataset, what: str) -> Dataset:

@@ -178,6 +178,9 @@ def test_splits_are_cut_where_there_are_none(tmp_path):
     assert set(splits["unknown"]["label"]) == {"c"}
     files = [row["path"] for split in ("train", "validation", "test") for row in splits[split]["image"]]
     assert len(set(files)) == 40
+    prompts = [set(splits[split]["prompt"]) for split in ("train", "validation", "test")]
+    assert sorted(map(len, prompts)) == [2, 3, 5]
+    assert len(set.union(*prompts)) == 10, "a prompt is in one split alone"
 
 
 def test_groups_are_not_split(tmp_path):
