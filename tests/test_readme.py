@@ -1,5 +1,6 @@
 """README's snippets do what README says: each is taken from README and run in a copy of the repository."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -75,10 +76,20 @@ def test_training_and_enrolling_commands(copy):
                 example = sorted((copy / "examples").iterdir())[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
     examples = " ".join(f"examples/{path.name}" for path in sorted((copy / "examples").iterdir())[:3])
-    training, enrolling = snippet(SHELL, "train.py --dataset_name"), snippet(SHELL, "protoleak enroll")
-    for command in (training + enrolling).strip().splitlines():
+    markers = ("train.py --dataset_name", "--dataset_name leakzoo FOLDER", "protoleak enroll")
+    for command in "".join(snippet(SHELL, marker) for marker in markers).strip().splitlines():
         command = re.sub(r"IMAGES(\.\.\.)?", examples, command).replace("python ", f"{sys.executable} ")
-        command += " --num_train_epochs 1" if "train.py" in command else ""
+        command += " --num_train_epochs 1 --orientations 1" if "train.py" in command else ""
         run(command.split(), copy)
     assert (copy / "runs/mine/README.md").exists()
     assert (copy / "runs/enrolled/density.pkl").exists()
+    labels = json.loads((copy / "runs/more/config.json").read_text())["id2label"].values()
+    assert {"real", "ldm", "mine"} < set(labels)
+
+
+def test_measuring_commands(copy):
+    for command in snippet(SHELL, "protoleak evaluate").strip().splitlines():
+        assert run(command.split(), copy).startswith(("560 test images", "| operator"))
+    assert {path.name for path in (copy / "runs/figures").iterdir()} == {
+        "evaluation.json", "evaluation.md", "robustness.json", "robustness.md", "robustness.png",
+    }  # fmt: skip
