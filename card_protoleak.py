@@ -41,6 +41,7 @@ def write_card(
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
         **{name: getattr(config, name) for name in ("num_prototypes", "alpha")},
+        **{name: getattr(config, name) for name in ("open_set_score", "open_set_features")},
         **_figures(summary),
     )
     card.save(path)

@@ -98,7 +98,8 @@ def enroll(arguments: argparse.Namespace) -> int:
         outputs = [model(processor(file)["pixel_values"]) for file in files]
     if not outputs:
         raise ValueError(f"no images found in {', '.join(arguments.images)}")
-    model.enroll(arguments.name, *(torch.cat([o[part] for o in outputs]) for part in ("embeddings", "gates")))
+    parts = ("embeddings", "gates", "statistics")
+    model.enroll(arguments.name, {part: torch.cat([o[part] for o in outputs]) for part in parts})
     model.save_pretrained(target)
     processor.save_pretrained(target)
     origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
@@ -212,7 +213,7 @@ def format_row(record: dict[str, Any]) -> str:
     best = ", ".join(f"{a['label']} {a['score']:.3f}" for a in record["attributions"][:2])
     p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
     verdict = " or ".join(record["prediction_set"] or [record["label"]])
-    return f"{name:<30} {verdict:<34} {p_value:<16} {best}"
+    return f"{name:<30} {p_value:<16} {verdict} ({best})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -66,6 +66,10 @@ class ProtoLeakConfig(PreTrainedConfig):
             `"whitened_"`: after whitening by the covariance within the classes; `"mahalanobis"`, `"gmm"`:
             under Gaussians, or mixtures of two diagonal ones, for the classes; `"relative_mahalanobis"`,
             `"l2_mahalanobis"`, `"knn"`: scores of the literature, see `density_protoleak.py`.
+        open_set_features (`str`, defaults to `"embeddings"`):
+            What that looks at: the embeddings, as in the paper, or the `"statistics"` of the re-simulated
+            latents, attended over timesteps as the embeddings are. Training keeps in an embedding what tells
+            the known classes apart, and drops much of what would tell an unknown one.
         alpha (`float`, defaults to 0.05):
             Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
             most alpha.
@@ -99,6 +103,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     beta_schedule: str = "scaled_linear"
     scorer: str = "prototype"
     open_set_score: str = "kde"
+    open_set_features: str = "embeddings"
     alpha: float = 0.05
 
     def __post_init__(self, **kwargs):
@@ -131,6 +136,8 @@ class ProtoLeakConfig(PreTrainedConfig):
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
         self._require("scorer", self.scorer in SCORERS, f"one of {SCORERS}")
         self._require("open_set_score", self.open_set_score in OPEN_SET_SCORES, f"one of {OPEN_SET_SCORES}")
+        features = ("embeddings", "statistics")
+        self._require("open_set_features", self.open_set_features in features, f"one of {features}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
         for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
             self._require(

@@ -74,6 +74,11 @@ def _load(name: str, seed: int) -> DatasetDict:
         # `datasets` would pass over a folder of another name than its usual splits, such as unknown
         folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
         splits = load_dataset("imagefolder", data_files=folders)
+    elif (parquet := list(Path(name).glob("*.parquet"))) and not (Path(name) / "README.md").exists():
+        files: dict[str, list[str]] = {}  # split-00000-of-00001.parquet, and a split called unknown alike
+        for path in sorted(parquet):
+            files.setdefault(path.stem.split("-")[0], []).append(str(path))
+        splits = load_dataset("parquet", data_files=files)
     else:
         splits = load_dataset(name)
         if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
@@ -144,13 +149,18 @@ def _normalise(rows: Dataset, what: str) -> Dataset:
     return rows
 
 
+def groups_of(rows: Dataset) -> np.ndarray | None:
+    """The column that tells which rows belong together, where there is one. (N,)"""
+    column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
+    return None if column is None else np.array(rows[column])
+
+
 def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Cut a share off, by group if a column tells it, else within each class."""
     rng = np.random.default_rng(seed)
-    column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
+    groups = groups_of(rows)
     labels, cut = np.array(rows["label"]), np.zeros(len(rows), bool)
-    if column:
-        groups = np.array(rows[column])
+    if groups is not None:
         names = rng.permutation(np.unique(groups))
         cut = np.isin(groups, names[: max(1, round(share * len(names)))])
     else:

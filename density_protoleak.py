@@ -20,9 +20,10 @@ import torch
 from scipy.optimize import minimize_scalar
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import GroupKFold
 
 DENSITY_FILE = "density.pkl"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BANDWIDTHS = tuple(
     float(h) for h in np.geomspace(0.05, 5.0, 25)
 )  # in units of the embeddings' root mean square spread
@@ -356,13 +357,17 @@ class OpenSetScore(BaseEstimator, _Stateful):
         transform (`str`): What is done to every embedding first, known or not: `"none"`; `"whiten"`, to unit
             covariance within the classes; `"normalize"`, to unit length.
         shrinkage (`float`): How far covariances are drawn to a multiple of the identity.
+        standardize (`bool`): Whether every feature is brought to zero mean and unit variance first of all.
     """
 
-    def __init__(self, transform: str = "none", shrinkage: float = 0.1):
-        self.transform, self.shrinkage = transform, shrinkage
+    def __init__(self, transform: str = "none", shrinkage: float = 0.1, standardize: bool = False):
+        self.transform, self.shrinkage, self.standardize = transform, shrinkage, standardize
 
     def fit(self, X: Any, y: Any) -> "OpenSetScore":  # noqa: N803
         samples, labels = _as_tensor(X), torch.as_tensor(np.asarray(y)).long()
+        if self.standardize:
+            self.offset_, self.scale_ = samples.mean(dim=0), samples.std(dim=0).clamp_min(1e-12)
+            samples = (samples - self.offset_) / self.scale_
         if self.transform == "whiten":
             self.mean_ = samples.mean(dim=0)
             eigenvalues, vectors = torch.linalg.eigh(self._within_class_covariance(samples, labels))
@@ -371,7 +376,10 @@ class OpenSetScore(BaseEstimator, _Stateful):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
-        return self._score(self._transformed(_as_tensor(X))).numpy()
+        samples = _as_tensor(X)
+        if self.standardize:
+            samples = (samples - self.offset_) / self.scale_
+        return self._score(self._transformed(samples)).numpy()
 
     def _transformed(self, samples: torch.Tensor) -> torch.Tensor:
         if self.transform == "whiten":
@@ -421,8 +429,14 @@ class GaussianDensity(OpenSetScore):
     all (Ren et al. 2021).
     """
 
-    def __init__(self, transform: str = "none", shrinkage: float = 0.1, relative: bool = False):
-        super().__init__(transform, shrinkage)
+    def __init__(
+        self,
+        transform: str = "none",
+        shrinkage: float = 0.1,
+        standardize: bool = False,
+        relative: bool = False,
+    ):
+        super().__init__(transform, shrinkage, standardize)
         self.relative = relative
 
     def _fit(self, samples, labels, num_labels):
@@ -460,8 +474,14 @@ class MixtureDensity(OpenSetScore):
 class NeighbourDistance(OpenSetScore):
     """Negative distance to the k-th nearest known embedding (Sun et al. 2022)."""
 
-    def __init__(self, transform: str = "normalize", shrinkage: float = 0.1, n_neighbors: int = 5):
-        super().__init__(transform, shrinkage)
+    def __init__(
+        self,
+        transform: str = "normalize",
+        shrinkage: float = 0.1,
+        standardize: bool = False,
+        n_neighbors: int = 5,
+    ):
+        super().__init__(transform, shrinkage, standardize)
         self.n_neighbors = n_neighbors
 
     def _fit(self, samples, labels, num_labels):
@@ -475,12 +495,12 @@ class NeighbourDistance(OpenSetScore):
 
 OPEN_SET_SCORES = {
     "kde": lambda: PooledDensity(),
-    "whitened_kde": lambda: PooledDensity("whiten"),
+    "whitened_kde": lambda: PooledDensity("whiten", standardize=True),
     "class_kde": lambda: ClassDensity(),
-    "whitened_class_kde": lambda: ClassDensity("whiten"),
+    "whitened_class_kde": lambda: ClassDensity("whiten", standardize=True),
     "knn": lambda: NeighbourDistance(),
-    "mahalanobis": lambda: GaussianDensity(),
-    "relative_mahalanobis": lambda: GaussianDensity(relative=True),
+    "mahalanobis": lambda: GaussianDensity(standardize=True),
+    "relative_mahalanobis": lambda: GaussianDensity(standardize=True, relative=True),
     "l2_mahalanobis": lambda: GaussianDensity("normalize"),
     "gmm": lambda: MixtureDensity(),
 }
@@ -489,18 +509,24 @@ OPEN_SET_SCORES = {
 # --- what a checkpoint carries ------------------------------------------------------------------------------
 
 
-def _embedded(source: Any) -> dict[str, torch.Tensor]:
-    """Embeddings, gates and labels of an object or a dict, as tensors that agree."""
-    values = {
-        name: source[name] if isinstance(source, dict) else getattr(source, name)
-        for name in ("embeddings", "gates", "labels")
-    }
-    embeddings, gates = (_as_tensor(values[name]).float() for name in ("embeddings", "gates"))
-    labels = torch.as_tensor(np.asarray(values["labels"])).long()
-    if gates.shape != embeddings.shape or labels.shape != embeddings.shape[:1]:
-        shapes = [tuple(part.shape) for part in (embeddings, gates, labels)]
-        raise ValueError(f"embeddings, gates and labels must be (n, D), (n, D) and (n,); got {shapes}")
-    return {"embeddings": embeddings, "gates": gates, "labels": labels}
+def _embedded(source: Any, labels: Any = None) -> dict[str, torch.Tensor]:
+    """Embeddings, gates, statistics, labels and groups of an object or a dict, as tensors that agree."""
+    names = ("embeddings", "gates", "statistics")
+    values = [source[name] if isinstance(source, dict) else getattr(source, name) for name in names]
+    parts = {name: _as_tensor(value).float() for name, value in zip(names, values, strict=True)}
+    if labels is None:
+        labels = source["labels"] if isinstance(source, dict) else source.labels
+    parts["labels"] = torch.as_tensor(np.asarray(labels)).long()
+    groups = source.get("groups") if isinstance(source, dict) else getattr(source, "groups", None)
+    groups = np.arange(len(parts["labels"])) if groups is None else np.asarray(groups)
+    parts["groups"] = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
+    shapes = [tuple(part.shape) for part in parts.values()]
+    if shapes[0] != shapes[1] or len({shape[0] for shape in shapes}) > 1 or len(shapes[3]) != 1:
+        raise ValueError(
+            "embeddings, gates, statistics, labels and groups must be (n, D), (n, D), (n, S), (n,) and (n,); "
+            f"got {shapes}"
+        )
+    return parts
 
 
 def _conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
@@ -516,9 +542,11 @@ class KnownDensity(_Stateful):
     Attributes:
         labels (`list[str]`): The known classes, in the order of the scorers' columns.
         train_, held_out_ (`dict[str, torch.Tensor]`):
-            Embeddings and gates (n, D), labels (n,) of training images, and of held-out ones (validation).
+            Embeddings and gates (n, D), statistics (n, S) and labels (n,) of training images, and of held-out
+            ones (validation).
         open_set_score (`str`): A name of `OPEN_SET_SCORES`.
-        score_ (`OpenSetScore`): Fitted on training embeddings.
+        features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
+        score_ (`OpenSetScore`): Fitted on those of training images.
         calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
         temperatures_ (`dict[str, float]`): What each scorer's class scores are divided by.
@@ -531,33 +559,53 @@ class KnownDensity(_Stateful):
 
     def __init__(self):
         self.labels: list[str] = []
-        self.open_set_score = "kde"
+        self.open_set_score, self.features = "kde", "embeddings"
         self.temperatures_: dict[str, float] = {}
         self.class_calibration_: dict[str, list[torch.Tensor]] = {}
 
     def fit(
-        self, train: Any, held_out: Any, label_names: list[str], open_set_score: str = "kde"
+        self,
+        train: Any,
+        held_out: Any,
+        label_names: list[str],
+        open_set_score: str = "kde",
+        features: str = "embeddings",
     ) -> "KnownDensity":
         """
         Args:
-            train, held_out: Objects or dicts with `embeddings` and `gates` (n, D) and `labels` 0..K-1 (n,).
-                The held-out ones calibrate; a class that has none is calibrated on its training images, each
-                scored by what is fitted on all others.
+            train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `statistics` (n, S) and
+                `labels` 0..K-1 (n,).
+                The held-out ones calibrate, and also training images, scored by what is fitted on the others:
+                for embeddings, which the network was trained on, those of classes that have no held-out ones;
+                for statistics all, in five folds by their `groups` (n,), if any, so that what is new in an
+                image that shows something else is known too.
             label_names (`list[str]`): K names.
             open_set_score (`str`): A name of `OPEN_SET_SCORES`.
+            features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
         """
-        self.labels, self.open_set_score = list(label_names), open_set_score
+        self.labels, self.open_set_score, self.features = list(label_names), open_set_score, features
         self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
-        self.score_ = OPEN_SET_SCORES[open_set_score]().fit(embeddings, labels)
-        scores = [self.score_.score_samples(self.held_out_["embeddings"])]
-        for i in self._without_held_out():
-            kept = torch.arange(len(labels)) != i
-            others = OPEN_SET_SCORES[open_set_score]().fit(embeddings[kept], labels[kept])
-            scores.append(others.score_samples(embeddings[i : i + 1]))
+        known = self.train_[features]
+        self.score_ = OPEN_SET_SCORES[open_set_score]().fit(known, labels)
+        scores = [self.score_.score_samples(self.held_out_[features])]
+        for left_out in self._folds():
+            kept = torch.ones(len(labels), dtype=torch.bool)
+            kept[left_out] = False
+            if len(labels[kept].unique()) == len(labels.unique()):
+                others = OPEN_SET_SCORES[open_set_score]().fit(known[kept], labels[kept])
+                scores.append(others.score_samples(known[left_out]))
         self.calibration_ = torch.from_numpy(np.sort(np.concatenate(scores)))
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
+
+    def _folds(self, count: int = 5) -> list[Any]:
+        """Training images that are scored by what is fitted on the others."""
+        if self.features == "embeddings":
+            return [[i] for i in self._without_held_out()]
+        groups = self.train_["groups"].numpy()
+        folds = GroupKFold(min(count, len(np.unique(groups)))).split(groups, groups=groups)
+        return [left_out for _, left_out in folds]
 
     def _without_held_out(self) -> list[int]:
         """Training images of classes that have no held-out images."""
@@ -565,7 +613,7 @@ class KnownDensity(_Stateful):
         return (~torch.isin(labels, self.held_out_["labels"])).nonzero()[:, 0].tolist()
 
     def calibration_set(self) -> dict[str, torch.Tensor]:
-        """What class scores are calibrated on: embeddings and gates (m, D), labels (m,)."""
+        """What class scores are calibrated on: embeddings, gates (m, D), statistics (m, S), labels (m,)."""
         own = self._without_held_out()
         return {name: torch.cat([self.held_out_[name], self.train_[name][own]]) for name in self.train_}
 
@@ -592,27 +640,32 @@ class KnownDensity(_Stateful):
             probabilities[labels == k].sort().values for k in range(len(self.labels))
         ]
 
-    def enroll(self, name: str, embeddings: Any, gates: Any) -> "KnownDensity":
+    def enroll(self, name: str, images: Any) -> "KnownDensity":
         """
-        A new density, yet to be calibrated, that also knows `name`, from a few embeddings of it and their
-        gates (n, D), n at least 2.
+        A new density, yet to be calibrated, that also knows `name`, from a few images of it, at least 2:
+        `embeddings` and `gates` (n, D), `statistics` (n, S).
         """
-        new = {"embeddings": embeddings, "gates": gates, "labels": np.full(len(embeddings), len(self.labels))}
-        new = _embedded(new)
+        count = len(images["embeddings"])
+        new = _embedded(images, np.full(count, len(self.labels)))
         if name in self.labels:
             raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
         if len(new["labels"]) < 2:
             raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
+        new["groups"] += int(self.train_["groups"].max()) + 1
         train = {part: torch.cat([self.train_[part], new[part]]) for part in new}
-        return KnownDensity().fit(train, self.held_out_, [*self.labels, name], self.open_set_score)
+        names = [*self.labels, name]
+        return KnownDensity().fit(train, self.held_out_, names, self.open_set_score, self.features)
 
     @property
     def embedding_size(self) -> int:
         return self.train_["embeddings"].shape[1]
 
-    def log_density(self, embeddings: Any) -> np.ndarray:
-        """The open-set score, (n,): a log density in nats, or what `open_set_score` has in its place."""
-        return self.score_.score_samples(embeddings)
+    def log_density(self, features: Any) -> np.ndarray:
+        """
+        The open-set score, (n,), of embeddings or statistics, by `self.features`: a log density in nats, or
+        what `open_set_score` has in its place.
+        """
+        return self.score_.score_samples(features)
 
     def p_value(self, log_density: np.ndarray) -> np.ndarray:
         """

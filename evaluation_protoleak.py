@@ -36,7 +36,8 @@ RESAMPLES = 300
 class Predictions:
     """
     Of N images: embeddings (N, D), class probabilities (N, K), labels (N,), and where there are any log
-    densities (N,), gates (N, D), p-values (N,) and class p-values (N, K).
+    densities (N,), gates (N, D), statistics (N, S), p-values (N,), class p-values (N, K) and groups (N,),
+    such as the photographs that they come from.
     """
 
     embeddings: np.ndarray
@@ -44,8 +45,10 @@ class Predictions:
     labels: np.ndarray
     log_density: np.ndarray | None = None
     gates: np.ndarray | None = None
+    statistics: np.ndarray | None = None
     p_values: np.ndarray | None = None
     class_p_values: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> "Predictions":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -66,6 +69,7 @@ def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: in
         row = {
             "embeddings": output.embeddings.float(),
             "gates": output.gates.float(),
+            "statistics": output.statistics.float(),
             "probabilities": output.logits.double().softmax(dim=1),
             "labels": labels,
         }
@@ -336,7 +340,11 @@ def evaluate_model(
     names = [config.id2label[k] for k in range(config.num_labels)]
     seen = predict(model, test, accelerator)
     strange = predict(model, unknown, accelerator) if unknown is not None else None
-    report = {"labels": names, "alpha": config.alpha, "open_set_score": config.open_set_score}
+    report = {
+        "labels": names,
+        "alpha": config.alpha,
+        "open_set_score": f"{config.open_set_score} of {config.open_set_features}",
+    }
     report |= summarize(seen, strange, names, alpha=config.alpha)
     confusion = np.zeros((len(names), len(names) + 1), int)
     np.add.at(confusion, (seen.labels, _verdicts(seen, config.alpha)), 1)
@@ -375,12 +383,15 @@ def _over_noise_seeds(model, test, unknown, accelerator, names, count: int) -> d
 
 
 def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
-    """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's embeddings."""
+    """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
     train = model.density.train_
     table = {}
-    for name, make in OPEN_SET_SCORES.items():
-        score = make().fit(train["embeddings"], train["labels"])
-        table[name] = [score.score_samples(part.embeddings) for part in (test, unknown)]
+    for features in ("embeddings", "statistics"):
+        for name, make in OPEN_SET_SCORES.items():
+            score = make().fit(train[features], train["labels"])
+            table[f"{name} of {features}"] = [
+                score.score_samples(getattr(part, features)) for part in (test, unknown)
+            ]
     table["max_softmax"] = [part.probabilities.max(axis=1) for part in (test, unknown)]
     with torch.no_grad():
         inputs = [

@@ -40,6 +40,8 @@ class ProtoLeakModelOutput(ModelOutput):
         gates (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): w in (0, 1), attended alike.
         temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_timesteps)`): alpha, each row sums to
             1.
+        statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`):
+            [`grid_statistics`] of the re-simulated latents, attended alike.
         noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
         *optional*):
             z_t, with `output_noisy_latents=True`. With several crops an image, there is a dimension of crops
@@ -49,6 +51,7 @@ class ProtoLeakModelOutput(ModelOutput):
     embeddings: torch.FloatTensor | None = None
     gates: torch.FloatTensor | None = None
     temporal_weights: torch.FloatTensor | None = None
+    statistics: torch.FloatTensor | None = None
     noisy_latents: torch.FloatTensor | None = None
 
 
@@ -59,12 +62,13 @@ class ImageAttributionOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Class scores of the config's scorer.
         log_density (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
-            Log density in nats under the known classes' embeddings, once a density is fitted.
+            Log density in nats of the embedding under the known classes' (or what `open_set_score` and
+            `open_set_features` have in its place), once a density is fitted.
         p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known
             class".
         class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
             Label-conditional conformal p of each class.
-        embeddings, gates, temporal_weights, noisy_latents: As in [`ProtoLeakModelOutput`].
+        embeddings, gates, temporal_weights, statistics, noisy_latents: As in [`ProtoLeakModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -75,6 +79,7 @@ class ImageAttributionOutput(ModelOutput):
     embeddings: torch.FloatTensor | None = None
     gates: torch.FloatTensor | None = None
     temporal_weights: torch.FloatTensor | None = None
+    statistics: torch.FloatTensor | None = None
     noisy_latents: torch.FloatTensor | None = None
 
 
@@ -159,16 +164,17 @@ class LeakEncoder(nn.Module):
             self.projection = nn.Linear(channels, config.embedding_size)
         self.dropout = nn.Dropout(config.feature_dropout)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, D)"""
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) -> embeddings (N, D), and the latents' own [`grid_statistics`] (N, S)"""
         features = self.backbone(latents).feature_maps[-1]
+        statistics = grid_statistics(latents)
         if (
             self.pooling == "statistics"
         ):  # of the latents beside those of the features that the backbone finds in them
-            pooled = torch.cat([grid_statistics(latents), grid_statistics(features)], dim=1)
+            pooled = torch.cat([statistics, grid_statistics(features)], dim=1)
         else:
             pooled = features.mean(dim=(2, 3))
-        return self.projection(self.dropout(self.norm(pooled)))
+        return self.projection(self.dropout(self.norm(pooled))), statistics
 
 
 class FeatureGate(nn.Module):
@@ -531,18 +537,20 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         flat = latents.flatten(0, -4).to(self.device)  # (BV, C, H, W)
         noise = self._noise(flat)
         noisy = forward_diffusion(flat, noise, self.alphas_cumprod(), self.config.sigma_normalization)
-        embeddings = self.encoder(noisy.flatten(0, 1).to(self.dtype)).unflatten(
-            0, noisy.shape[:2]
-        )  # (BV, T, D)
+        encoded = self.encoder(noisy.flatten(0, 1).to(self.dtype))
+        embeddings, statistics = (x.unflatten(0, noisy.shape[:2]) for x in encoded)  # (BV, T, D), (BV, T, S)
         gates = self.gate(embeddings)
         weights = self.attention(embeddings)  # (BV, T)
-        attended = [torch.einsum("bt,btd->bd", weights, x) for x in (embeddings, gates)]
+        attended = [
+            torch.einsum("bt,btd->bd", weights, x.to(weights)) for x in (embeddings, gates, statistics)
+        ]
         if views:
             *attended, weights = (x.unflatten(0, latents.shape[:2]).mean(dim=1) for x in (*attended, weights))
         output = ProtoLeakModelOutput(
             embeddings=attended[0],
             gates=attended[1],
             temporal_weights=weights,
+            statistics=attended[2],
             noisy_latents=noisy.unflatten(0, latents.shape[:-3]) if output_noisy_latents else None,
         )
         return_dict = return_dict if return_dict is not None else self.config.return_dict
@@ -591,10 +599,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(prototype_logits, labels) + self._attention_loss(model.temporal_weights)
-        if self.training:
-            verdict = {"logits": prototype_logits}
-        else:
-            verdict = self._verdict(model.embeddings, prototype_logits)
+        verdict = {"logits": prototype_logits} if self.training else self._verdict(model, prototype_logits)
         output = ImageAttributionOutput(loss=loss, **verdict, **model)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
@@ -604,14 +609,16 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         entropy = -(weights * weights.clamp_min(1e-8).log()).sum(dim=1).mean()  # dropped timesteps weigh 0
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 
-    def _verdict(self, embeddings, prototype_scores: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _verdict(
+        self, model: ProtoLeakModelOutput, prototype_scores: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Logits of the config's scorer at its temperature, and what the density says, where there is one."""
         scorer, density = self.config.scorer, self.density
-        logits = self._class_scores(scorer, embeddings, prototype_scores)
+        logits = self._class_scores(scorer, model.embeddings, prototype_scores)
         if density is None:
             return {"logits": logits}
         logits = logits / density.temperatures_[scorer]
-        log_density = density.log_density(embeddings)
+        log_density = density.log_density(model[density.features])
         probabilities = logits.detach().double().softmax(dim=1).cpu().numpy()
         return {
             "logits": logits,
@@ -645,10 +652,11 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         Fit density, scorers and calibration on this network's embeddings of known classes.
 
         Args:
-            train, held_out: With `embeddings`, `gates` and `labels`; see [`KnownDensity.fit`].
+            train, held_out: With `embeddings`, `gates`, `statistics` and `labels`; see [`KnownDensity.fit`].
         """
         names = [self.config.id2label[k] for k in range(self.config.num_labels)]
-        self._take_density(KnownDensity().fit(train, held_out, names, self.config.open_set_score))
+        chosen = self.config.open_set_score, self.config.open_set_features
+        self._take_density(KnownDensity().fit(train, held_out, names, *chosen))
 
     @torch.no_grad()
     def _take_density(self, density: KnownDensity) -> None:
@@ -678,15 +686,15 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         self.density = None
 
     @torch.no_grad()
-    def enroll(self, name: str, embeddings: torch.Tensor, gates: torch.Tensor) -> None:
+    def enroll(self, name: str, images: Any) -> None:
         """
         Learn one more generator without training: its prototypes are centres of its images' embeddings
         (k-means), and density, scorers and calibration are fitted again.
 
         Args:
             name (`str`): The new class.
-            embeddings, gates (`torch.FloatTensor` of shape `(num_images, embedding_size)`):
-                From this model, of 2 images or more.
+            images: This model's output for 2 of its images or more, or a dict of its `embeddings`, `gates`
+                and `statistics`.
 
         Raises:
             ValueError: there is no density to extend, the name is taken, or there are too few images.
@@ -695,11 +703,10 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
 
         if self.density is None:
             raise ValueError("this model has no density to extend; train it with train.py first")
-        density = self.density.enroll(name, embeddings, gates)
+        density = self.density.enroll(name, images)
+        embeddings = density.train_["embeddings"][density.train_["labels"] == len(density.labels) - 1]
         count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
-        centres = (
-            KMeans(count, n_init=10, random_state=0).fit(embeddings.float().cpu().numpy()).cluster_centers_
-        )
+        centres = KMeans(count, n_init=10, random_state=0).fit(embeddings.numpy()).cluster_centers_
         self.set_labels(density.labels)
         new = self.head.prototypes[-1]
         new.fill_(PARKED)  # prototypes without a centre lie where no embedding comes

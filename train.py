@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.card_protoleak import write_card
-from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
+from protoleak.data_protoleak import RandomView, content_key, encode_split, groups_of, load_splits
 from protoleak.evaluation_protoleak import format_summary, predict, summarize
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,6 +71,7 @@ class TrainingArguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak of AdamW's learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm."})
+    ema_decay: float = field(default=0.98, metadata={"help": "Of the moving average of the weights."})
     orientations: int = field(
         default=8, metadata={"help": "Cached views of a training image: 1, 2 (mirrored) or 8 (and turned)."}
     )
@@ -129,8 +131,8 @@ def fit(
     arguments: TrainingArguments, accelerator: Accelerator,
 ) -> list[dict[str, float]]:  # fmt: skip
     """
-    Train in place; the weights at the end are those of the epoch with the lowest validation loss. Returns its
-    history.
+    Train in place. Validated and kept are moving averages of the weights; those at the end are of the epoch
+    with the lowest validation loss. Returns the history.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=arguments.weight_decay)
@@ -139,6 +141,7 @@ def fit(
     steps = arguments.num_train_epochs * math.ceil(len(loader) / accelerator.num_processes)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    average = EMAModel(parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=1.0)
     history, best, best_weights = [], math.inf, None
     bar = tqdm(range(arguments.num_train_epochs), desc="epochs", disable=not accelerator.is_main_process)
     for epoch in bar:
@@ -152,7 +155,10 @@ def fit(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            average.step(parameters)
             losses.append(loss.item())
+        average.store(parameters)
+        average.copy_to(parameters)
         predictions = predict(wrapped, validation, accelerator)
         truth = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
         row = {
@@ -170,7 +176,8 @@ def fit(
             raise ValueError(f"the loss became {row['train_loss']} in epoch {epoch}; lower learning_rate")
         if row["validation_loss"] < best:
             best, best_weights = row["validation_loss"], _network_weights(model)
-        elif epoch - min(history, key=lambda r: r["validation_loss"])["epoch"] >= arguments.patience:
+        average.restore(parameters)
+        if epoch - min(history, key=lambda r: r["validation_loss"])["epoch"] >= arguments.patience:
             break
     model.load_state_dict(best_weights, strict=False)
     return history
@@ -233,6 +240,7 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
+    known["train"].groups = groups_of(splits["train"])
     model.fit_density(known["train"], known["validation"])
     test = predict(model, data["test"], accelerator)
     unknown = predict(model, data["unknown"], accelerator) if "unknown" in data else None

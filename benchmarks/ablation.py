@@ -15,8 +15,12 @@ from protoleak.train import TrainingArguments, train
 HERE = Path(__file__).parent.parent
 VARIANTS = {
     "the bundled recipe": {},
+    "open-set score of the paper: KDE of embeddings": {
+        "open_set_score": "kde",
+        "open_set_features": "embeddings",
+    },
     "t = 0 alone": {"timesteps": [0]},
-    "four timesteps, 0 50 150 300": {"timesteps": [0, 50, 150, 300]},
+    "two timesteps, 0 100": {"timesteps": [0, 100]},
     "mean pooling, as in the paper": {"pooling": "mean"},
 }
 

@@ -31,8 +31,7 @@ def main() -> None:
         test = splits["test"]
         before = outputs(rest).p_values
         known_before = outputs(test)
-        enrolled = outputs(few)
-        model.enroll(name, enrolled.embeddings, enrolled.gates)
+        model.enroll(name, outputs(few))
         after, known_after = outputs(rest), outputs(test)
         column, alpha = model.config.label2id[name], model.config.alpha
         labels = torch.tensor([model.config.label2id[label] for label in test["label"]])

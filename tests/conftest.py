@@ -48,11 +48,14 @@ def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
 def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     size, num_labels = model.config.embedding_size, model.config.num_labels
+    channels = model.config.latent_channels
+    num_statistics = 6 * channels + channels * (channels - 1) // 2
 
     def draw(count: int) -> dict[str, np.ndarray]:
         labels = np.arange(count) % num_labels
         embeddings = rng.normal(size=(count, size)) + labels[:, None]
-        return {"embeddings": embeddings, "gates": rng.uniform(size=(count, size)), "labels": labels}
+        gates, statistics = rng.uniform(size=(count, size)), rng.normal(size=(count, num_statistics))
+        return {"embeddings": embeddings, "gates": gates, "statistics": statistics, "labels": labels}
 
     model.fit_density(draw(60), draw(40))
 

@@ -55,7 +55,7 @@ def scores_by_loader(source: str, image: str) -> dict[str, dict[str, float]]:
         found["AutoModelForImageClassification"] = of_output(auto, auto(**processor(image)))
         base = AutoModel.from_pretrained(source, **trust)(**processor(image))
         prototype_scores = model.head(base.embeddings, base.gates)
-        output = SimpleNamespace(**model._verdict(base.embeddings, prototype_scores))
+        output = SimpleNamespace(**model._verdict(base, prototype_scores))
         found["AutoModel"] = of_output(model, output)
     found["image-attribution"] = of_record(pipeline("image-attribution", model=source, **trust)(image))
     records = pipeline("image-classification", model=source, **trust)(image, top_k=1000)

@@ -158,11 +158,15 @@ def test_p_values_rise_with_density():
 # --- files --------------------------------------------------------------------------------------------------
 
 
+def images(embeddings: np.ndarray) -> dict[str, np.ndarray]:
+    return {"embeddings": embeddings, "gates": np.ones_like(embeddings), "statistics": embeddings[:, :5]}
+
+
 @pytest.fixture
 def density(blobs) -> KnownDensity:
     samples, labels, queries = blobs
-    train = {"embeddings": samples, "gates": np.ones_like(samples), "labels": labels}
-    held_out = {"embeddings": queries, "gates": np.ones_like(queries), "labels": np.arange(len(queries)) % 3}
+    train = images(samples) | {"labels": labels}
+    held_out = images(queries) | {"labels": np.arange(len(queries)) % 3}
     density = KnownDensity().fit(train, held_out, ["real", "a", "b"])
     density.probe_ = torch.zeros(128)
     return density
@@ -236,12 +240,12 @@ def test_enrolling_extends_the_density(density, blobs):
     rng = np.random.default_rng(5)
     new = rng.normal(size=(10, 128)) * 0.5 + 6
     queries = rng.normal(size=(20, 128)) * 0.5 + 6
-    enrolled = density.enroll("c", new, np.ones_like(new))
+    enrolled = density.enroll("c", images(new))
     assert enrolled.labels == ["real", "a", "b", "c"]
     assert (density.p_value(density.log_density(queries)) <= 0.05).all()
     assert (enrolled.p_value(enrolled.log_density(queries)) > 0.05).mean() > 0.8
     assert (enrolled.scorers_["mahalanobis"].score_samples(queries).argmax(1) == 3).all()
-    again = enrolled.enroll("d", -new, np.ones_like(new))
+    again = enrolled.enroll("d", images(-new))
     for more, count in ((enrolled, 10), (again, 20)):
         assert len(more.calibration_) == len(density.calibration_) + count
         assert len(more.calibration_set()["labels"]) == len(density.calibration_) + count
@@ -249,11 +253,24 @@ def test_enrolling_extends_the_density(density, blobs):
     left_out = others.score_samples(enrolled.train_["embeddings"][-1:])[0]
     assert (enrolled.calibration_ - left_out).abs().min() < 1e-9, "an enrolled image is scored by the others"
     with pytest.raises(ValueError, match="already known"):
-        density.enroll("a", new, new)
+        density.enroll("a", images(new))
     with pytest.raises(ValueError, match="at least 2"):
-        density.enroll("c", new[:1], new[:1])
+        density.enroll("c", images(new[:1]))
     with pytest.raises(ValueError, match=r"\(10, 128\), \(5, 128\)"):
-        density.enroll("c", new, new[:5])
+        density.enroll("c", images(new) | {"gates": new[:5]})
+
+
+def test_statistics_are_calibrated_over_groups_too(density, blobs):
+    samples, labels, queries = blobs
+    train = images(samples) | {"labels": labels, "groups": np.arange(300) // 3 % 10}
+    held_out = images(queries) | {"labels": np.arange(len(queries)) % 3}
+    fitted = KnownDensity().fit(train, held_out, ["real", "a", "b"], "mahalanobis", "statistics")
+    assert len(fitted.calibration_) == 300 + len(queries)
+    for left_out in fitted._folds():
+        groups = fitted.train_["groups"].numpy()
+        assert not set(groups[left_out]) & set(np.delete(groups, left_out)), "a group is in one fold alone"
+    enrolled = fitted.enroll("c", images(queries[:4] + 9))
+    assert len(enrolled.calibration_) == 304 + len(queries)
 
 
 # --- open-set scores ----------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ NAMES = ["real", "a"]
 def predictions(probability_of_a, labels, p_values=None, class_p_values=None) -> Predictions:
     probabilities = np.stack([1 - np.array(probability_of_a), np.array(probability_of_a)], axis=1)
     return Predictions(
-        np.zeros((len(labels), 1)), probabilities, np.array(labels), np.array(p_values), None,
-        np.array(p_values), np.array(class_p_values),
+        np.zeros((len(labels), 1)), probabilities, np.array(labels), np.array(p_values),
+        p_values=np.array(p_values), class_p_values=np.array(class_p_values),
     )  # fmt: skip
 
 
@@ -70,10 +70,11 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert (tmp_path / "out/evaluation.md").read_text().strip() in printed.out
     assert (report["num_test"], report["num_unknown"]) == (24, 9)
     assert set(report["per_unknown"]) == {"c", "unknown"}
-    assert set(report["open_set_scores"]) == {
-        *OPEN_SET_SCORES, "max_softmax", "energy", "prototype_distance",
-    }  # fmt: skip
-    assert report["open_set_scores"]["kde"]["auroc"] == report["figures"]["auroc"]
+    expected = {
+        f"{name} of {features}" for name in OPEN_SET_SCORES for features in ("embeddings", "statistics")
+    }
+    assert set(report["open_set_scores"]) == expected | {"max_softmax", "energy", "prototype_distance"}
+    assert report["open_set_scores"]["kde of embeddings"]["auroc"] == report["figures"]["auroc"]
     trained = json.loads((tmp_path / "run/metrics.json").read_text())["figures"]
     assert report["figures"]["macro_auc"] == pytest.approx(trained["macro_auc"], abs=1e-6)
     assert np.sum(report["confusion"]) == 24

@@ -356,9 +356,10 @@ def test_the_scorer_is_saved_with_the_checkpoint(fitted_model, scorer, tmp_path)
         reloaded(latents=latents())
 
 
+@pytest.mark.parametrize("features", ["embeddings", "statistics"])
 @pytest.mark.parametrize("name", OPEN_SET_SCORES)
-def test_the_open_set_score_is_saved_with_the_checkpoint(name, tmp_path):
-    model = tiny_model(open_set_score=name)
+def test_the_open_set_score_is_saved_with_the_checkpoint(name, features, tmp_path):
+    model = tiny_model(open_set_score=name, open_set_features=features)
     fit_random_density(model)
     model.save_pretrained(tmp_path)
     output = model(latents=latents(3))
@@ -425,9 +426,9 @@ def test_known_classes_keep_their_prototypes(fitted_model):
 
 
 def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
-    output = fitted_model(latents=latents(8) * 0.1 + 3)
-    near = output.embeddings.detach(), output.gates.detach()
-    fitted_model.enroll("new", *near)
+    with torch.no_grad():
+        near = fitted_model(latents=latents(8) * 0.1 + 3)
+    fitted_model.enroll("new", near)
     output = fitted_model(latents=latents(4, seed=9) * 0.1 + 3)
     assert (output.logits.argmax(dim=1) == 3).all()
     assert (output.p_values > 0.05).all()
@@ -436,7 +437,7 @@ def test_an_enrolled_class_is_recognised(fitted_model, tmp_path):
     torch.testing.assert_close(reloaded(latents=latents()).logits, fitted_model(latents=latents()).logits)
     fitted_model.density = None
     with pytest.raises(ValueError, match="no density"):
-        fitted_model.enroll("newer", *near)
+        fitted_model.enroll("newer", near)
 
 
 # --- what transformers asks of every model ------------------------------------------------------------------

@@ -183,6 +183,17 @@ def test_splits_are_cut_where_there_are_none(tmp_path):
     assert len(set.union(*prompts)) == 10, "a prompt is in one split alone"
 
 
+def test_parquet_files_keep_their_unknown_split(tmp_path, folder):
+    splits = load_splits(str(folder))
+    (tmp_path / "parquet").mkdir()
+    for split, rows in splits.items():
+        rows.to_parquet(tmp_path / f"parquet/{split}-00000-of-00001.parquet")
+    found = load_splits(str(tmp_path / "parquet"))
+    assert {split: rows["label"][:] for split, rows in found.items()} == {
+        split: rows["label"][:] for split, rows in splits.items()
+    }
+
+
 def test_groups_are_not_split(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
