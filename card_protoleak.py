@@ -36,7 +36,7 @@ def write_card(
         title=folder.resolve().name,
         origin=origin,
         command=command,
-        labels=[config.id2label[k] for k in range(config.num_labels)],
+        labels=config.label_names,
         vae=type(model.vae).__name__,
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},

@@ -117,7 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from .evaluation_protoleak import evaluate_model, format_bias, format_report
 
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    names = model.config.label_names
     alike = {"operator": "jpeg", "strength": 90.0} if arguments.normalise_format else {}
     data = {
         split: encode_split(rows, names, model, processor, accelerator, **alike)
@@ -134,7 +134,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     report["format_bias"] = format_bias(splits["test"])
     if accelerator.is_main_process:
-        print(format_report(report))
+        text = format_report(report)
+        print(text)
         bias = report["format_bias"]
         if bias["p_value"] < 0.01 and not alike:
             print(
@@ -142,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 "learned those; evaluate with --normalise_format, and train on files that are encoded alike",
                 file=sys.stderr,
             )
-        _write(arguments.output_dir, "evaluation", report, format_report(report))
+        _write(arguments.output_dir, "evaluation", report, text)
     return 0
 
 
@@ -154,8 +155,9 @@ def robustness(arguments: argparse.Namespace) -> int:
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
     table = measure(model, processor, splits, accelerator, arguments.quick)
     if accelerator.is_main_process:
-        print(format_robustness(table))
-        _write(arguments.output_dir, "robustness", table, format_robustness(table))
+        text = format_robustness(table)
+        print(text)
+        _write(arguments.output_dir, "robustness", table, text)
         if arguments.output_dir:
             draw_robustness(table, Path(arguments.output_dir) / "robustness.png")
     return 0

@@ -122,6 +122,11 @@ class ProtoLeakConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def label_names(self) -> list[str]:
+        """The known classes in the order of the logits."""
+        return [self.id2label[k] for k in range(self.num_labels)]
+
+    @property
     def noise_schedule(self) -> dict:
         """The arguments of the diffusers scheduler whose `alphas_cumprod` the forward diffusion uses."""
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")

@@ -11,7 +11,8 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def _by_class(samples: torch.Tensor, labels: torch.Tensor, num_labels: int) -> I
     return (samples[labels == k] for k in range(num_labels))
 
 
+def _within_class_covariance(
+    samples: torch.Tensor, labels: torch.Tensor, num_labels: int, shrinkage: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class means (K, D), and the covariance about them (D, D), shrunk to a multiple of the identity."""
+    means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
+    centred = samples - means[labels]
+    covariance = centred.T @ centred / len(samples)
+    identity = torch.eye(samples.shape[1], dtype=torch.float64)
+    return means, (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * identity
+
+
 class MahalanobisScorer(ClassScorer):
     """Negative squared diagonal Mahalanobis distance to each class, after a global z-score."""
 
@@ -329,11 +341,7 @@ class LLRScorer(ClassScorer):
         self.shrinkage = shrinkage
 
     def _fit(self, samples, labels, num_labels):
-        means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
-        centred = samples - means[labels]
-        covariance = centred.T @ centred / len(samples)
-        identity = torch.eye(samples.shape[1], dtype=torch.float64)
-        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().mean() * identity
+        means, shrunk = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
         self.weights_ = torch.linalg.lstsq(shrunk, means.T, driver="gelsd").solution  # (D, K)
         log_prior = (torch.bincount(labels) / len(labels)).double().log()
         self.bias_ = log_prior - (means.T * self.weights_).sum(dim=0) / 2
@@ -365,14 +373,16 @@ class OpenSetScore(BaseEstimator, _Stateful):
 
     def fit(self, X: Any, y: Any) -> "OpenSetScore":  # noqa: N803
         samples, labels = _as_tensor(X), torch.as_tensor(np.asarray(y)).long()
+        num_labels = int(labels.max()) + 1
         if self.standardize:
             self.offset_, self.scale_ = samples.mean(dim=0), samples.std(dim=0).clamp_min(1e-12)
             samples = (samples - self.offset_) / self.scale_
         if self.transform == "whiten":
             self.mean_ = samples.mean(dim=0)
-            eigenvalues, vectors = torch.linalg.eigh(self._within_class_covariance(samples, labels))
+            _, covariance = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
+            eigenvalues, vectors = torch.linalg.eigh(covariance)
             self.whitening_ = vectors / eigenvalues.sqrt()  # (D, D)
-        self._fit(self._transformed(samples), labels, int(labels.max()) + 1)
+        self._fit(self._transformed(samples), labels, num_labels)
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
@@ -385,14 +395,6 @@ class OpenSetScore(BaseEstimator, _Stateful):
         if self.transform == "whiten":
             return (samples - self.mean_) @ self.whitening_
         return torch.nn.functional.normalize(samples) if self.transform == "normalize" else samples
-
-    def _within_class_covariance(self, samples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        num_labels = int(labels.max()) + 1
-        means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
-        centred = samples - means[labels]
-        covariance = centred.T @ centred / len(samples)
-        identity = torch.eye(samples.shape[1], dtype=torch.float64)
-        return (1 - self.shrinkage) * covariance + self.shrinkage * covariance.diagonal().mean() * identity
 
     def _fit(self, samples: torch.Tensor, labels: torch.Tensor, num_labels: int) -> None:
         raise NotImplementedError
@@ -412,14 +414,24 @@ class PooledDensity(OpenSetScore):
 
 
 class ClassDensity(OpenSetScore):
-    """Log density under the mixture, even in its classes, of a Gaussian KDE of each, of its own bandwidth."""
+    """Log density under the mixture, even in its classes, of what a class scorer fits to each: KDE or GMM."""
+
+    def __init__(
+        self,
+        transform: str = "none",
+        shrinkage: float = 0.1,
+        standardize: bool = False,
+        scorer: str = "kde",
+    ):
+        super().__init__(transform, shrinkage, standardize)
+        self.scorer = scorer
 
     def _fit(self, samples, labels, num_labels):
-        self.kdes_ = [GaussianKDE().fit(c) for c in _by_class(samples, labels, num_labels)]
+        self.scorer_ = SCORERS[self.scorer]().fit(samples, labels)
 
     def _score(self, samples):
-        scores = torch.stack([torch.from_numpy(kde.score_samples(samples)) for kde in self.kdes_], dim=1)
-        return torch.logsumexp(scores, dim=1) - math.log(len(self.kdes_))
+        scores = torch.from_numpy(self.scorer_.score_samples(samples))
+        return torch.logsumexp(scores, dim=1) - math.log(scores.shape[1])
 
 
 class GaussianDensity(OpenSetScore):
@@ -440,11 +452,9 @@ class GaussianDensity(OpenSetScore):
         self.relative = relative
 
     def _fit(self, samples, labels, num_labels):
-        self.means_ = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
-        self.precision_ = torch.linalg.inv(self._within_class_covariance(samples, labels))
-        self.centre_ = samples.mean(dim=0, keepdim=True)
-        pooled = self._within_class_covariance(samples, torch.zeros_like(labels))
-        self.pooled_precision_ = torch.linalg.inv(pooled)
+        self.means_, covariance = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
+        self.centre_, pooled = _within_class_covariance(samples, labels * 0, 1, self.shrinkage)
+        self.precision_, self.pooled_precision_ = torch.linalg.inv(covariance), torch.linalg.inv(pooled)
 
     def _score(self, samples):
         score = torch.logsumexp(self._log_kernels(samples, self.means_, self.precision_), dim=1)
@@ -458,17 +468,6 @@ class GaussianDensity(OpenSetScore):
         centred = samples[:, None] - means
         exponents = torch.einsum("nkd,de,nke->nk", centred, precision, centred)
         return (torch.logdet(precision) - exponents) / 2
-
-
-class MixtureDensity(OpenSetScore):
-    """Log density under the mixture, even in its classes, of [`GMMScorer`]'s mixtures."""
-
-    def _fit(self, samples, labels, num_labels):
-        self.mixtures_ = GMMScorer().fit(samples, labels)
-
-    def _score(self, samples):
-        scores = torch.from_numpy(self.mixtures_.score_samples(samples))
-        return torch.logsumexp(scores, dim=1) - math.log(scores.shape[1])
 
 
 class NeighbourDistance(OpenSetScore):
@@ -493,16 +492,16 @@ class NeighbourDistance(OpenSetScore):
         return -torch.cat([block.kthvalue(k, dim=1).values for block in blocks])
 
 
-OPEN_SET_SCORES = {
-    "kde": lambda: PooledDensity(),
-    "whitened_kde": lambda: PooledDensity("whiten", standardize=True),
-    "class_kde": lambda: ClassDensity(),
-    "whitened_class_kde": lambda: ClassDensity("whiten", standardize=True),
-    "knn": lambda: NeighbourDistance(),
-    "mahalanobis": lambda: GaussianDensity(standardize=True),
-    "relative_mahalanobis": lambda: GaussianDensity(standardize=True, relative=True),
-    "l2_mahalanobis": lambda: GaussianDensity("normalize"),
-    "gmm": lambda: MixtureDensity(),
+OPEN_SET_SCORES: dict[str, Callable[[], OpenSetScore]] = {
+    "kde": PooledDensity,
+    "whitened_kde": partial(PooledDensity, "whiten", standardize=True),
+    "class_kde": ClassDensity,
+    "whitened_class_kde": partial(ClassDensity, "whiten", standardize=True),
+    "knn": NeighbourDistance,
+    "mahalanobis": partial(GaussianDensity, standardize=True),
+    "relative_mahalanobis": partial(GaussianDensity, standardize=True, relative=True),
+    "l2_mahalanobis": partial(GaussianDensity, "normalize"),
+    "gmm": partial(ClassDensity, scorer="gmm"),
 }
 
 

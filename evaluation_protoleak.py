@@ -30,6 +30,7 @@ from .postprocessing_protoleak import CHAINS, OPERATORS
 
 REAL = "real"
 RESAMPLES = 300
+OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
 
 
 @dataclass
@@ -235,7 +236,7 @@ def robustness(
         `macro_auc`, `accuracy`, `auroc` (known against unknown), `stability` (share of all images whose
         verdict is that of the untouched image).
     """
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    names = model.config.label_names
     rows = {split: splits[split] for split in ("test", "unknown") if split in splits}
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
@@ -337,7 +338,7 @@ def evaluate_model(
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
     """
     config = model.config
-    names = [config.id2label[k] for k in range(config.num_labels)]
+    names = config.label_names
     seen = predict(model, test, accelerator)
     strange = predict(model, unknown, accelerator) if unknown is not None else None
     report = {
@@ -363,22 +364,23 @@ def evaluate_model(
     rng = np.random.default_rng(0)
     shuffled = [closed_set_figures(seen.probabilities, rng.permutation(seen.labels)) for _ in range(20)]
     report["shuffled_macro_auc"] = float(np.mean([f["macro_auc"] for f in shuffled]))
-    report["noise"] = _over_noise_seeds(model, test, unknown, accelerator, names, noise_seeds)
+    report["noise"] = _over_noise_seeds(model, test, unknown, accelerator, report["figures"], noise_seeds)
     return report
 
 
-def _over_noise_seeds(model, test, unknown, accelerator, names, count: int) -> dict[str, list[float]]:
-    first, found = model.config.noise_seed, {}
+def _over_noise_seeds(model, test, unknown, accelerator, first: dict, count: int) -> dict[str, list[float]]:
+    """The main figures for each draw of the noise; those of the config's own are at hand in `first`."""
+    own_seed, names = model.config.noise_seed, model.config.label_names
+    found = {name: [first[name]] for name in OVER_NOISE if name in first}
     try:
-        for seed in range(first, first + count):
+        for seed in range(own_seed + 1, own_seed + count):
             model.protoleak.set_noise_seed(seed)
             strange = predict(model, unknown, accelerator) if unknown is not None else None
             values = figures(predict(model, test, accelerator), strange, names, model.config.alpha)
-            for name in ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate"):
-                if name in values:
-                    found.setdefault(name, []).append(values[name])
+            for name, of_seeds in found.items():
+                of_seeds.append(values[name])
     finally:
-        model.protoleak.set_noise_seed(first)
+        model.protoleak.set_noise_seed(own_seed)
     return found
 
 

@@ -654,9 +654,9 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         Args:
             train, held_out: With `embeddings`, `gates`, `statistics` and `labels`; see [`KnownDensity.fit`].
         """
-        names = [self.config.id2label[k] for k in range(self.config.num_labels)]
-        chosen = self.config.open_set_score, self.config.open_set_features
-        self._take_density(KnownDensity().fit(train, held_out, names, *chosen))
+        config = self.config
+        chosen = config.label_names, config.open_set_score, config.open_set_features
+        self._take_density(KnownDensity().fit(train, held_out, *chosen))
 
     @torch.no_grad()
     def _take_density(self, density: KnownDensity) -> None:
@@ -717,7 +717,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         """
         Raise `ValueError` unless `density` was fitted on embeddings of this very network, for these labels.
         """
-        names = [self.config.id2label[k] for k in range(self.config.num_labels)]
+        names = self.config.label_names
         if density.embedding_size != self.config.embedding_size:
             raise ValueError(
                 f"the density was fitted on embeddings of size {density.embedding_size}, but this model's "

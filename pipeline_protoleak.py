@@ -117,12 +117,11 @@ class ImageAttributionPipeline(Pipeline):
 
 def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any]]:
     """The records of a batch, from an `ImageAttributionOutput`."""
-    labels = [config.id2label[k] for k in range(config.num_labels)]
     has_density = output.get("p_values") is not None
     return [
         attribution_record(
             output["logits"][i].double().softmax(dim=0).cpu(),
-            labels,
+            config.label_names,
             log_density=float(output["log_density"][i]) if has_density else None,
             p_value=float(output["p_values"][i]) if has_density else None,
             class_p_values=output["class_p_values"][i] if has_density else None,

@@ -214,26 +214,17 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         for split, rows in splits.items()
         if split != "train"
     }
+    views = [{"orientation": i} for i in range(arguments.orientations)]
+    views += [
+        {"orientation": i % arguments.orientations, "operator": f"step{1 + i % 3}", "seed": i}
+        for i in range(arguments.augmented_views)
+    ]
     key = content_key(splits["train"], model, processor)
     seen = RandomView(
         [
-            encode_split(splits["train"], label_names, model, processor, accelerator, orientation, key=key)
-            for orientation in range(arguments.orientations)
+            encode_split(splits["train"], label_names, model, processor, accelerator, key=key, **view)
+            for view in views
         ]
-        + [
-            encode_split(
-                splits["train"],
-                label_names,
-                model,
-                processor,
-                accelerator,
-                view % arguments.orientations,
-                f"step{1 + view % 3}",
-                seed=view,
-                key=key,
-            )
-            for view in range(arguments.augmented_views)
-        ]  # fmt: skip
     )
     data["train"] = seen.views[0]
     encoded = time.perf_counter()
@@ -283,11 +274,11 @@ def save(
 def _command(arguments: TrainingArguments) -> str:
     changed = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
     defaults = TrainingArguments()
-    words = ["python train.py"]
+    words = ["python", "train.py"]
     for name, value in changed.items():
         if value != getattr(defaults, name):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words).replace("'python train.py'", "python train.py")
+    return shlex.join(words)
 
 
 def main() -> None:

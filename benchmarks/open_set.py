@@ -41,7 +41,7 @@ def main() -> None:
             train(TrainingArguments(dataset_name=[folder], output_dir=run, num_train_epochs=epochs))
             model = ProtoLeakForImageAttribution.from_pretrained(run)
             processor = ProtoLeakImageProcessor.from_pretrained(run)
-            labels = [model.config.id2label[k] for k in range(model.config.num_labels)]
+            labels = model.config.label_names
             splits, accelerator = load_splits(folder), Accelerator()
             known, unknown = (
                 predict(model, encode_split(splits[s], labels, model, processor, accelerator), accelerator)

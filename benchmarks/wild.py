@@ -21,6 +21,7 @@ from protoleak.train import TrainingArguments, train
 from transformers import HfArgumentParser
 
 PAPER = 0.9813  # Macro AUC, closed set (arXiv 2511.04260)
+DEFAULTS = "--output_dir runs/wild --learning_rate 3e-4 --orientations 1"
 STEPS = ("step1", "step2", "step3")
 
 
@@ -42,7 +43,7 @@ def by_treatment(arguments: TrainingArguments) -> list[dict]:
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
     splits, accelerator = load_splits(arguments.dataset_name, arguments.seed), Accelerator()
     model.to(accelerator.device)
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    names = model.config.label_names
     made: dict[str, Predictions] = {}
     treatments: dict[str, np.ndarray] = {}
     for split in ("test", "unknown"):
@@ -70,17 +71,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         sys.exit(__doc__)
     path, *rest = argv
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
-        [
-            "--dataset_name",
-            path,
-            "--output_dir",
-            "runs/wild",
-            "--learning_rate",
-            "3e-4",
-            "--orientations",
-            "1",
-        ]
-        + rest
+        ["--dataset_name", path, *DEFAULTS.split(), *rest]
     )[0]
     if "--config_name" not in rest:
         arguments.config_name = str(paper_recipe(Path(arguments.output_dir) / "recipe"))

@@ -459,6 +459,15 @@ def make_discriminator(width: int = 24) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+@torch.no_grad()
+def crops_and_latents(
+    vae: AutoencoderDC, pool: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch that decoders learn from: crops (16, 3, 32, 32), and their unscaled latents."""
+    images = random_crops(pool, 16, 32, generator)
+    return images, vae.encode(images).latent
+
+
 def train_decoder(zoo: "Zoo", name: str, steps: int = 2000) -> nn.Module:
     """Fit another decoder to the latents of autoencoder A, which stays as it is."""
     vae, pool, generator = (
@@ -469,9 +478,7 @@ def train_decoder(zoo: "Zoo", name: str, steps: int = 2000) -> nn.Module:
     decoder = make_decoder(name)
 
     def loss_of_step(step: int) -> torch.Tensor:
-        images = random_crops(pool, 16, 32, generator)
-        with torch.no_grad():
-            latents = vae.encode(images).latent
+        images, latents = crops_and_latents(vae, pool, generator)
         return reconstruction_loss(decoder(latents), images)
 
     train_loop(decoder, loss_of_step, steps, 2e-3, f"decoder {name}")
@@ -491,9 +498,7 @@ def sharpen_decoder(zoo: "Zoo", name: str, steps: int = 700) -> nn.Module:
     theirs = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.99))
     average = EMAModel(decoder.parameters(), decay=0.99)
     for _ in tqdm(range(steps), desc=f"decoder {name}, adversarial", mininterval=5):
-        images = random_crops(pool, 16, 32, generator)
-        with torch.no_grad():
-            latents = vae.encode(images).latent
+        images, latents = crops_and_latents(vae, pool, generator)
         decoded = decoder(latents)
         adversarial = -ADVERSARIAL_WEIGHTS[name] * discriminator(decoded).mean()
         (reconstruction_loss(decoded, images) + adversarial).backward()
