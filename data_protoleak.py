@@ -66,28 +66,9 @@ def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
 
 def _load(name: str, seed: int) -> DatasetDict:
     """One data set with train, validation, test and perhaps unknown."""
-    if (Path(name) / "Closed_Set").is_dir():
-        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
-        if (Path(name) / "Open_Set").is_dir():
-            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
-    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
-        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
-        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
-        splits = load_dataset("imagefolder", data_files=folders)
-    elif (parquet := list(Path(name).glob("*.parquet"))) and not (Path(name) / "README.md").exists():
-        files: dict[str, list[str]] = {}  # split-00000-of-00001.parquet, and a split called unknown alike
-        for path in sorted(parquet):
-            files.setdefault(path.stem.split("-")[0], []).append(str(path))
-        splits = load_dataset("parquet", data_files=files)
-    else:
-        splits = load_dataset(name)
-        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
-            splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)  # folders of one class
+    splits = _read(name)
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
-    splits = DatasetDict(
-        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
-    )
     for split in ("test", "validation"):
         if split not in splits:
             share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
@@ -106,15 +87,47 @@ def load_unknown(name: str) -> Dataset:
         files = [str(p) for p in find_images([name])]
         rows = Dataset.from_dict({"image": files, "label": ["unknown"] * len(files)})
         return _normalise(rows.cast_column("image", datasets.Image()), name)
-    splits = load_dataset(name)
-    if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
-        splits = load_dataset("imagefolder", data_dir=name, drop_labels=False)
-    return datasets.concatenate_datasets(
-        [
-            _normalise(rows, f"{name}, split {split!r}").select_columns(["image", "label"])
-            for split, rows in splits.items()
-        ]
+    parts = [rows.select_columns(["image", "label"]) for rows in _read(name).values()]
+    return datasets.concatenate_datasets(parts)
+
+
+def _read(name: str) -> DatasetDict:
+    """The splits that a data set has, with columns `image` (not decoded) and `label` (str)."""
+    if (Path(name) / "Closed_Set").is_dir():
+        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
+        if (Path(name) / "Open_Set").is_dir():
+            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
+    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
+        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
+        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
+        splits = _load_dataset(name, "imagefolder", data_files=folders)
+    elif (parquet := list(Path(name).glob("*.parquet"))) and not (Path(name) / "README.md").exists():
+        files: dict[str, list[str]] = {}  # split-00000-of-00001.parquet, and a split called unknown alike
+        for path in sorted(parquet):
+            files.setdefault(path.stem.split("-")[0], []).append(str(path))
+        splits = _load_dataset(name, "parquet", data_files=files)
+    else:
+        splits = _load_dataset(name, name)
+        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
+            splits = _load_dataset(
+                name, "imagefolder", data_dir=name, drop_labels=False
+            )  # folders of one class
+    return DatasetDict(
+        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
     )
+
+
+def _load_dataset(source: str, *arguments, **options) -> DatasetDict:
+    """
+    `datasets.load_dataset`. It caches a folder with a card under the folder's name, and would give what was
+    there before: here the names, sizes and times of a folder's files are part of the key.
+    """
+    if Path(source).is_dir():
+        files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / "protoleak" / key)
+    return load_dataset(*arguments, **options)
 
 
 def _class_folders(root: Path) -> Dataset:

@@ -194,6 +194,23 @@ def test_parquet_files_keep_their_unknown_split(tmp_path, folder):
     }
 
 
+def test_a_data_set_that_was_made_again_is_read_again(tmp_path, folder):
+    """Also where it has a card, by whose name alone `datasets` knows it."""
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    splits = ("train", "validation", "test")
+    files = "".join(f"\n  - split: {split}\n    path: {split}-*.parquet" for split in splits)
+    (zoo / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:{files}\n---\n")
+    contents = []
+    for kept in ("ab", ("a", "real")):
+        for split, rows in load_splits(str(folder)).items():
+            if split in splits:
+                rows = rows.filter(lambda row, kept=kept: row["label"] in kept)
+                rows.to_parquet(zoo / f"{split}-00000-of-00001.parquet")
+        contents.append(set(load_splits(str(zoo))["train"]["label"]))
+    assert contents == [{"a", "b"}, {"a", "real"}]
+
+
 def test_groups_are_not_split(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
