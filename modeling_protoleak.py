@@ -107,6 +107,54 @@ def forward_diffusion(
     return noisy / sigma if sigma_normalization else noisy
 
 
+class _GridMoments(torch.autograd.Function):
+    """
+    What [`grid_statistics`] is made of, with its gradient in closed form: a fifth of the passes over memory
+    that autograd would need.
+    """
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(N, C, H, W) -> mean, std, third and fourth moment, right, below (N, C), correlation (N, C, C)"""
+        count = features.shape[2] * features.shape[3]
+        flat = features.flatten(2)  # (N, C, HW)
+        mean = flat.mean(dim=2, keepdim=True)
+        unit = flat - mean
+        std = torch.linalg.vector_norm(unit, dim=2, keepdim=True).square().div(count).add(1e-4).sqrt()
+        unit.div_(std)
+        squares = unit.square()
+        third = torch.linalg.vecdot(squares, unit) / count
+        fourth = torch.linalg.vector_norm(squares, dim=2).square() / count
+        grid = unit.view_as(features)
+        right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
+        below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
+        correlation = unit @ unit.transpose(1, 2) / count
+        ctx.save_for_backward(grid, std)
+        return mean.squeeze(2), std.squeeze(2), third, fourth, right, below, correlation
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, mean, std, third, fourth, right, below, correlation) -> torch.Tensor:
+        grid, scale = ctx.saved_tensors
+        unit, (height, width) = grid.flatten(2), grid.shape[2:]
+        count = height * width
+        of_unit = unit * (fourth * 4 / count)[..., None]  # first the gradient of the standardised features
+        of_unit.add_((third * 3 / count)[..., None]).mul_(unit).mul_(unit)
+        of_unit.baddbmm_(correlation + correlation.transpose(1, 2), unit, alpha=1 / count)
+        of_grid = of_unit.view_as(grid)
+        if width > 1:
+            step = grid * (right / (height * (width - 1)))[..., None, None]
+            of_grid[..., :, 1:] += step[..., :, :-1]
+            of_grid[..., :, :-1] += step[..., :, 1:]
+        if height > 1:
+            step = grid * (below / ((height - 1) * width))[..., None, None]
+            of_grid[..., 1:, :] += step[..., :-1, :]
+            of_grid[..., :-1, :] += step[..., 1:, :]
+        along = torch.linalg.vecdot(of_unit, unit)[..., None] / count - std[..., None] * scale / count
+        of_unit = of_unit.sub_(of_unit.mean(dim=2, keepdim=True)).addcmul_(unit, along, value=-1)
+        return of_unit.div_(scale).add_(mean[..., None] / count).view_as(grid)
+
+
 def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     """
     Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness
@@ -120,17 +168,9 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, 6 C + C (C - 1) / 2).
     """
-    flat = features.float().flatten(2)  # (N, C, HW)
-    mean = flat.mean(dim=2, keepdim=True)
-    std = (flat - mean).square().mean(dim=2, keepdim=True).add(1e-4).sqrt()
-    unit = (flat - mean) / std
-    correlation = unit @ unit.transpose(1, 2) / unit.shape[2]  # (N, C, C)
-    rows, columns = torch.triu_indices(unit.shape[1], unit.shape[1], offset=1, device=unit.device)
-    grid = unit.view_as(features)
-    right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
-    below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
-    skewness, log_kurtosis = unit.pow(3).mean(dim=2), unit.pow(4).mean(dim=2).add(1e-4).log()
-    moments = [mean.squeeze(2), std.squeeze(2).log(), skewness, log_kurtosis]
+    mean, std, third, fourth, right, below, correlation = _GridMoments.apply(features.float())
+    rows, columns = torch.triu_indices(features.shape[1], features.shape[1], offset=1, device=features.device)
+    moments = [mean, std.log(), third, fourth.add(1e-4).log()]
     return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
 
 

@@ -60,6 +60,12 @@ def test_grid_statistics_are_numpys():
         np.testing.assert_allclose(row, expected, atol=5e-4)  # variances have a floor of 1e-4
 
 
+def test_gradient_of_grid_statistics_is_that_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # gradcheck needs double precision
+    features = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(grid_statistics, features)
+
+
 def test_prototype_scores_are_the_formula():
     head = PrototypeHead(tiny_config())
     torch.nn.init.normal_(head.prototypes)
