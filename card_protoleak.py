@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evaluation_protoleak import TITLES
+from .evaluation_protoleak import TITLES, format_report
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 MARK = "Rendered by protoleak from model_card.md."
@@ -24,7 +24,8 @@ def write_card(
         model ([`ProtoLeakForImageAttribution`]): What was saved there.
         origin (`str`): A sentence on where the weights come from.
         command (`str`): What makes the checkpoint again.
-        summary (`dict`, *optional*): From [`summarize`], with `dataset`; without, the card has no figures.
+        summary (`dict`, *optional*): From [`evaluate_model`], with `dataset`; without, the card has no
+            figures. Drawings in the checkpoint's `figures/` are shown.
     """
     path = folder / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
@@ -42,23 +43,12 @@ def write_card(
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
         **{name: getattr(config, name) for name in ("num_prototypes", "alpha")},
         **{name: getattr(config, name) for name in ("open_set_score", "open_set_features")},
-        **_figures(summary),
+        dataset=summary and summary["dataset"],
+        report=summary and format_report(summary),
+        drawings=sorted(drawing.stem for drawing in (folder / "figures").glob("*.png")),
     )
     card.save(path)
     return card
-
-
-def _figures(summary: dict[str, Any] | None) -> dict[str, Any]:
-    if summary is None:
-        return {"figures": []}
-    rows = [
-        {"title": title, "value": summary["figures"][name], "low": low, "high": high}
-        for name, title in TITLES.items()
-        if name in summary["figures"]
-        for low, high in [summary["intervals"][name]]
-    ]
-    parts = {name: summary[name] for name in ("dataset", "num_test", "num_unknown")}
-    return {"figures": rows, "per_class_auc": summary["figures"]["per_class_auc"], **parts}
 
 
 def _card_data(name: str, summary: dict[str, Any] | None) -> ModelCardData:

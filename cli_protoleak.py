@@ -1,10 +1,8 @@
 """The `protoleak` command, thin over the package."""
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +10,90 @@ HERE = Path(__file__).parent
 
 
 def attribute(arguments: argparse.Namespace) -> int:
-    """`protoleak attribute`: a verdict for each file; exit status 1 if any could not be read."""
+    """
+    `protoleak attribute`: a verdict for each file; exit status 1 if any could not be read, 130 after Ctrl-C.
+    """
+    from .scan_protoleak import Attributor, read_records, scan, write_table
+
+    if arguments.resume and not arguments.output:
+        raise ValueError("--resume goes on in the file that --output names; name it")
     records = []
-    output = open(arguments.output, "w", encoding="utf-8") if arguments.output else None  # noqa: SIM115
-    try:
-        for record in attribution_records(
-            arguments.paths, arguments.model, arguments.revision, arguments.batch_size
-        ):
+
+    def on_record(record: dict[str, Any]) -> None:
+        if not arguments.output:
+            print(format_row(record), flush=True)
             records.append(record)
-            if output:
-                output.write(json.dumps(record) + "\n")
-                output.flush()
-            else:
-                print(format_row(record), flush=True)
-    finally:
-        if output:
-            output.close()
-    failed = sum(record["error"] is not None for record in records)
-    if not records:
+
+    attributor = Attributor(arguments.model, arguments.revision)
+    try:
+        counts = scan(
+            attributor,
+            arguments.paths,
+            arguments.output,
+            arguments.resume,
+            arguments.batch_size,
+            arguments.workers,
+            on_record,
+        )
+    except KeyboardInterrupt:
+        kept = f"; go on with --output {arguments.output} --resume" if arguments.output else ""
+        print(f"stopped, and what was done is kept{kept}" if kept else "stopped", file=sys.stderr)
+        return 130
+    if not attributor.is_main_process:
+        return 0
+    if arguments.table:
+        write_table(read_records(Path(arguments.output)) if arguments.output else records, arguments.table)
+    if not counts["found"]:
         print(f"no images found in {', '.join(arguments.paths)}", file=sys.stderr)
-    if failed:
-        print(f"{failed} of {len(records)} files could not be read", file=sys.stderr)
-    return 1 if failed or not records else 0
+    if counts["done"]:
+        print(f"{counts['done']} files were done before", file=sys.stderr)
+    if counts["failed"]:
+        print(f"{counts['failed']} of {counts['found']} files could not be read", file=sys.stderr)
+    return 1 if counts["failed"] or not counts["found"] else 0
 
 
-def attribution_records(
-    paths: list[str], model: str, revision: str | None = None, batch_size: int = 16
-) -> Iterator[dict[str, Any]]:
-    """
-    The record of each image among `paths` (files, and folders searched recursively), in order.
+def explain(arguments: argparse.Namespace) -> int:
+    """`protoleak explain`: the verdict on each image, and the reasons."""
+    from .image_processing_protoleak import find_images
+    from .provenance_protoleak import summarise_provenance
+    from .report_protoleak import Examiner, reasons_in_words, verdict_in_words
 
-    Beside `attribution_record`'s keys it has file, sha256, width, height, model, revision, noise_seed,
-    timesteps and error, which is `None`, or why the file could not be read; the other values are `None` then.
-    """
+    examiner = Examiner(arguments.model, arguments.revision)
+    failed = 0
+    for file in find_images(arguments.images):
+        record = examiner.examine(file)
+        failed += record["error"] is not None
+        if arguments.format == "json":
+            print(json.dumps(record), flush=True)
+            continue
+        print(format_row(record))
+        print(f"  {verdict_in_words(record)}")
+        if not record["error"]:
+            for line in reasons_in_words(record):
+                print(f"  - {line}")
+            for line in summarise_provenance(record["provenance"]):
+                print(f"  - the file's claim: {line}")
+        print(flush=True)
+    return 1 if failed else 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """`protoleak report`: verdicts, reasons and what a second examiner needs, in one file."""
     from tqdm import tqdm
 
-    from .image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
-    from .modeling_protoleak import ProtoLeakForImageAttribution
-    from .pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
+    from .image_processing_protoleak import find_images
+    from .report_protoleak import Examiner, write_report
 
-    network = ProtoLeakForImageAttribution.from_pretrained(model, revision=revision or "main")
-    processor = ProtoLeakImageProcessor.from_pretrained(model, revision=revision or "main")
-    pipeline = ImageAttributionPipeline(model=network, image_processor=processor, batch_size=batch_size)
-    run = {
-        "model": str(model),
-        "revision": revision,
-        "noise_seed": network.config.noise_seed,
-        "timesteps": network.config.timesteps,
-    }
-    files = find_images(paths)
-    with tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(files), batch_size):
-            chunk = files[start : start + batch_size]
-            images, rows = [], []
-            for file in chunk:
-                row = {"file": str(file), "sha256": None, "width": None, "height": None, **run, "error": None}
-                try:
-                    row["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-                    images.append(open_image(file, processor.max_pixels))
-                    row["width"], row["height"] = images[-1].size
-                except (OSError, ValueError) as error:
-                    row["error"] = str(error)
-                rows.append(row)
-            attributions = iter(pipeline(images) if images else [])
-            for row in rows:
-                yield (dict.fromkeys(RECORD_FIELDS) if row["error"] else next(attributions)) | row
-            bar.update(len(chunk))
+    files = find_images(arguments.images)
+    if not files:
+        raise ValueError(f"no images found in {', '.join(arguments.images)}")
+    examiner = Examiner(arguments.model, arguments.revision)
+    bar = tqdm(files, unit="image", disable=not sys.stderr.isatty())
+    records = [examiner.examine(file) for file in bar]
+    path = write_report(examiner, records, arguments.output, arguments.format)
+    failed = sum(record["error"] is not None for record in records)
+    print(f"{len(records)} images, {failed} of which could not be read; written to {path}")
+    return 1 if failed else 0
 
 
 def enroll(arguments: argparse.Namespace) -> int:
@@ -85,6 +101,7 @@ def enroll(arguments: argparse.Namespace) -> int:
     import torch
 
     from .card_protoleak import write_card
+    from .files_protoleak import whole_folder
     from .image_processing_protoleak import ProtoLeakImageProcessor, find_images
     from .modeling_protoleak import ProtoLeakForImageAttribution
 
@@ -100,8 +117,11 @@ def enroll(arguments: argparse.Namespace) -> int:
         raise ValueError(f"no images found in {', '.join(arguments.images)}")
     parts = ("embeddings", "gates", "statistics")
     model.enroll(arguments.name, {part: torch.cat([o[part] for o in outputs]) for part in parts})
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
+    first = len(model.density.train_["labels"]) - len(files)  # of the new among the training images
+    model.keep_thumbnails(lambda i: files[i - first] if i >= first else None)
+    with whole_folder(target) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
     command = f"protoleak enroll {arguments.name} IMAGES --model {arguments.model} --output_dir {target}"
     write_card(target, model, origin, command)
@@ -144,12 +164,16 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         _write(arguments.output_dir, "evaluation", report, text)
+        if arguments.output_dir:
+            from .plots_protoleak import draw_evaluation, save_figures
+
+            save_figures(draw_evaluation(report, model.density), Path(arguments.output_dir) / "figures")
     return 0
 
 
 def robustness(arguments: argparse.Namespace) -> int:
     """`protoleak robustness`: the figures again after every kind of post-processing."""
-    from .evaluation_protoleak import draw_robustness, format_robustness
+    from .evaluation_protoleak import format_robustness
     from .evaluation_protoleak import robustness as measure
 
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
@@ -159,7 +183,9 @@ def robustness(arguments: argparse.Namespace) -> int:
         print(text)
         _write(arguments.output_dir, "robustness", table, text)
         if arguments.output_dir:
-            draw_robustness(table, Path(arguments.output_dir) / "robustness.png")
+            from .plots_protoleak import draw_robustness, save_figures
+
+            save_figures({"robustness": draw_robustness(table)}, arguments.output_dir)
     return 0
 
 
@@ -230,9 +256,25 @@ def main(argv: list[str] | None = None) -> int:
         "--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)"
     )
     command.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    command.add_argument("--output", help="write JSON lines to this file instead of a table")
-    command.add_argument("--batch_size", type=int, default=16)
+    command.add_argument("--output", help="write JSON lines here, as they come, instead of a table")
+    command.add_argument("--resume", action="store_true", help="go on in --output, without what it has")
+    command.add_argument("--table", help="also write a table at the end, .csv or .parquet")
+    command.add_argument("--batch_size", type=int, default=16, help="images at a time")
+    command.add_argument("--workers", type=int, default=2, help="threads that read images")
     command.set_defaults(run=attribute)
+    for name, run, what in (
+        ("explain", explain, "the reasons of the verdict on each image"),
+        ("report", report, "a report with reasons and all that is needed to repeat it, as one file"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("images", nargs="+", help="image files, and folders")
+        command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
+        command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+        formats = ("text", "json") if name == "explain" else ("html", "json")
+        command.add_argument("--format", choices=formats, default=formats[0])
+        if name == "report":
+            command.add_argument("--output", required=True, help="file to write")
+        command.set_defaults(run=run)
     command = commands.add_parser("enroll", help="add a generator from a few images, without training")
     command.add_argument("name", help="what to call it")
     command.add_argument(
@@ -263,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"protoleak: {error}", file=sys.stderr)
         return 2
 

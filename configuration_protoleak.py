@@ -8,7 +8,11 @@ OPEN_SET_SCORES = (
     "kde", "whitened_kde", "class_kde", "whitened_class_kde", "knn",
     "mahalanobis", "relative_mahalanobis", "l2_mahalanobis", "gmm",
 )  # fmt: skip
+LARGEST = 65536  # of any size, so that a hostile config can't ask for all memory
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+NUMBERS = (
+    "time_dropout", "feature_dropout", "attention_entropy_weight", "alpha", "beta_start", "beta_end",
+)  # fmt: skip
 DEFAULT_BACKBONE = {  # ResNet-18, the paper's encoder
     "model_type": "resnet",
     "embedding_size": 64,
@@ -37,6 +41,11 @@ class ProtoLeakConfig(PreTrainedConfig):
             autocorrelations over the grid.
         embedding_size (`int`, defaults to 128): D, at least 1.
         latent_channels (`int`, defaults to 4): Channels of the VAE's latents, at least 1.
+        latent_whitening (`bool`, defaults to `False`):
+            Whether the latents are rotated to their principal components over the training images' grid
+            positions, each brought to unit variance, before they are noised. A VAE's channels are led by what
+            a picture shows; traces of its making lie in components of little variance, which the noise would
+            cover, and which statistics of the channels as they are don't show.
         timesteps (`list[int]`, defaults to `[0, 50, 100, 200]`):
             Where the forward diffusion is re-simulated: distinct, within 0 and `num_train_timesteps - 1`.
         sigma_normalization (`bool`, defaults to `False`): Whether z_t is divided by sqrt(1 -
@@ -86,6 +95,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     pooling: str = "mean"
     embedding_size: int = 128
     latent_channels: int = 4
+    latent_whitening: bool = False
     timesteps: list[int] | tuple[int, ...] = (0, 50, 100, 200)
     sigma_normalization: bool = False
     noise_seed: int = 0
@@ -145,9 +155,10 @@ class ProtoLeakConfig(PreTrainedConfig):
         self._require("open_set_features", self.open_set_features in features, f"one of {features}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
         for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
-            self._require(
-                name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1"
-            )
+            within = _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST
+            self._require(name, within, f"an integer within 1 and {LARGEST}")
+        for name in NUMBERS:
+            self._require(name, isinstance(getattr(self, name), int | float), "a number")
         self._require(
             "noise_seed", _is_int(self.noise_seed) and self.noise_seed >= 0, "an integer of at least 0"
         )

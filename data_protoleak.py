@@ -22,6 +22,7 @@ from .modeling_protoleak import ProtoLeakForImageAttribution
 from .postprocessing_protoleak import postprocess
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
+SHARD_SIZE = 2048  # images in a file of cached latents
 HELD_OUT = {
     "test": 0.3,
     "validation": 0.2,
@@ -208,9 +209,11 @@ def encode_split(
     strength: float | None = None, seed: int = 0, batch_size: int = 16, key: str | None = None,
 ) -> TensorDataset:  # fmt: skip
     """
-    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes; cached. `orientation`
-    0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `operator`, `strength` and
-    `seed` [`postprocess`] the images before that; `key` is the rows' [`content_key`], where it is at hand.
+    Latents (N, C, H, W) or (N, crops, C, H, W) in float16 and labels (N,), -1 for other classes. They are
+    cached in files of `SHARD_SIZE` images, which processes share out, so that a run that was stopped goes on.
+    `orientation` 0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `operator`,
+    `strength` and `seed` [`postprocess`] the images before that; `key` is the rows' [`content_key`], where it
+    is at hand.
     """
     channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
     views = () if processor.num_crops == 1 else (processor.num_crops,)
@@ -223,31 +226,41 @@ def encode_split(
             images = [postprocess(image, operator, strength, seed) for image in images]
         pixels = processor(images)["pixel_values"].rot90(orientation // 2, (-2, -1))
         latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
-        return {"latents": latents.flatten(1).cpu().numpy()}
+        return {"latents": latents.flatten(1).half().cpu().numpy()}
 
     key = f"{key or content_key(rows, model, processor)}-{orientation}"
     if operator is not None:
         key += f"-{operator}-{strength}-{seed}"
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
     folder.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        encoded = rows.map(
+    count = max(1, math.ceil(len(rows) / SHARD_SIZE))
+
+    def shard(number: int) -> Dataset:
+        """A part of the latents, from its file, which appears only when it is whole."""
+        name = f"{key}-{number}-of-{count}"
+        chosen = rows.select(range(number * SHARD_SIZE, min((number + 1) * SHARD_SIZE, len(rows))))
+        return chosen.map(
             encode,
             batched=True,
             batch_size=batch_size,
             remove_columns=rows.column_names,
-            features=Features(latents=List(Value("float32"), length=math.prod(shape))),
-            cache_file_name=str(folder / f"{key}.arrow"),
-            new_fingerprint=key,
+            features=Features(latents=List(Value("float16"), length=math.prod(shape))),
+            cache_file_name=str(folder / f"{name}.arrow"),
+            new_fingerprint=hashlib.sha256(name.encode()).hexdigest()[:32],
             desc="encoding images with the VAE",
         )
-    latents = torch.from_numpy(encoded.with_format("numpy")["latents"][:]).view(-1, *shape)
+
+    for number in range(accelerator.process_index, count, accelerator.num_processes):
+        shard(number)
+    accelerator.wait_for_everyone()
+    parts = [shard(number).with_format("numpy")["latents"][:] for number in range(count)]
+    latents = torch.from_numpy(np.concatenate(parts)).view(-1, *shape)
     index = {name: k for k, name in enumerate(label_names)}
     return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
 
 
 class RandomView(torch.utils.data.Dataset):
-    """One of several cached encodings of each image, drawn anew each time."""
+    """One of several cached encodings of each image, and one of its crops, drawn anew each time."""
 
     def __init__(self, views: list[TensorDataset]):
         self.views = views
@@ -256,7 +269,10 @@ class RandomView(torch.utils.data.Dataset):
         return len(self.views[0])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        return self.views[int(torch.randint(len(self.views), ()))][index]
+        latents, label = self.views[int(torch.randint(len(self.views), ()))][index]
+        if latents.ndim == 4:
+            latents = latents[int(torch.randint(len(latents), ()))]
+        return latents, label
 
 
 def _reduction(vae) -> int:

@@ -21,10 +21,11 @@ import torch
 from scipy.optimize import minimize_scalar
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import GroupKFold
+
+from .files_protoleak import write_whole
 
 DENSITY_FILE = "density.pkl"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 BANDWIDTHS = tuple(
     float(h) for h in np.geomspace(0.05, 5.0, 25)
 )  # in units of the embeddings' root mean square spread
@@ -76,11 +77,12 @@ def _unpack(value: Any) -> Any:
         )
     if set(value) == {"class", "state"}:
         known = {cls.__name__: cls for cls in (GaussianKDE, KnownDensity, *SCORERS.values())}
-        known |= {cls.__name__: cls for cls in OpenSetScore.__subclasses__()}
         if value["class"] not in known:
             raise ValueError(f"it holds a {value['class']!r}, and only {sorted(known)} are known")
         instance = known[value["class"]]()
         for name, item in value["state"].items():
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+                raise ValueError(f"it would set {name!r}, and no attribute is called so")
             setattr(instance, name, _unpack(item))
         return instance
     return {k: _unpack(v) for k, v in value.items()}
@@ -356,7 +358,7 @@ SCORERS = {"mahalanobis": MahalanobisScorer, "gmm": GMMScorer, "kde": KDEScorer,
 # --- open-set scores ----------------------------------------------------------------------------------------
 
 
-class OpenSetScore(BaseEstimator, _Stateful):
+class OpenSetScore(BaseEstimator):
     """
     `fit(X, y)` on embeddings (n, D) of known classes and labels 0..K-1; `score_samples(X)` (n,) is higher the
     more an embedding is like theirs.
@@ -452,22 +454,30 @@ class GaussianDensity(OpenSetScore):
         self.relative = relative
 
     def _fit(self, samples, labels, num_labels):
-        self.means_, covariance = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
-        self.centre_, pooled = _within_class_covariance(samples, labels * 0, 1, self.shrinkage)
-        self.precision_, self.pooled_precision_ = torch.linalg.inv(covariance), torch.linalg.inv(pooled)
+        self.classes_ = self._gaussians(samples, labels, num_labels)
+        self.pooled_ = self._gaussians(samples, labels * 0, 1) if self.relative else None
 
     def _score(self, samples):
-        score = torch.logsumexp(self._log_kernels(samples, self.means_, self.precision_), dim=1)
-        if self.relative:
-            score = score - self._log_kernels(samples, self.centre_, self.pooled_precision_)[:, 0]
-        return score
+        score = torch.logsumexp(self._log_kernels(samples, *self.classes_), dim=1)
+        return score - self._log_kernels(samples, *self.pooled_)[:, 0] if self.relative else score
+
+    def _gaussians(self, samples, labels, num_labels):
+        """Cholesky factor of the shared covariance (D, D), and the means, whitened by it, (K, D)."""
+        means, covariance = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
+        factor = torch.linalg.cholesky(covariance)
+        return factor, _whitened(means, factor)
 
     @staticmethod
-    def _log_kernels(samples, means, precision):
+    def _log_kernels(samples, factor, means):
         """Log of K Gaussians, (n, K), up to one constant."""
-        centred = samples[:, None] - means
-        exponents = torch.einsum("nkd,de,nke->nk", centred, precision, centred)
-        return (torch.logdet(precision) - exponents) / 2
+        distances = torch.cdist(
+            _whitened(samples, factor), means, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return -factor.diagonal().log().sum() - distances.square() / 2
+
+
+def _whitened(samples: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve_triangular(factor, samples.T, upper=False).T
 
 
 class NeighbourDistance(OpenSetScore):
@@ -509,21 +519,18 @@ OPEN_SET_SCORES: dict[str, Callable[[], OpenSetScore]] = {
 
 
 def _embedded(source: Any, labels: Any = None) -> dict[str, torch.Tensor]:
-    """Embeddings, gates, statistics, labels and groups of an object or a dict, as tensors that agree."""
+    """Embeddings, gates, statistics and labels of an object or a dict, as tensors that agree."""
     names = ("embeddings", "gates", "statistics")
     values = [source[name] if isinstance(source, dict) else getattr(source, name) for name in names]
     parts = {name: _as_tensor(value).float() for name, value in zip(names, values, strict=True)}
+    parts["statistics"] = parts["statistics"].half().float()  # as they will be on disk, which they fill
     if labels is None:
         labels = source["labels"] if isinstance(source, dict) else source.labels
     parts["labels"] = torch.as_tensor(np.asarray(labels)).long()
-    groups = source.get("groups") if isinstance(source, dict) else getattr(source, "groups", None)
-    groups = np.arange(len(parts["labels"])) if groups is None else np.asarray(groups)
-    parts["groups"] = torch.from_numpy(np.unique(groups, return_inverse=True)[1])
     shapes = [tuple(part.shape) for part in parts.values()]
     if shapes[0] != shapes[1] or len({shape[0] for shape in shapes}) > 1 or len(shapes[3]) != 1:
         raise ValueError(
-            "embeddings, gates, statistics, labels and groups must be (n, D), (n, D), (n, S), (n,) and (n,); "
-            f"got {shapes}"
+            f"embeddings, gates, statistics and labels must be (n, D), (n, D), (n, S) and (n,); got {shapes}"
         )
     return parts
 
@@ -545,12 +552,14 @@ class KnownDensity(_Stateful):
             ones (validation).
         open_set_score (`str`): A name of `OPEN_SET_SCORES`.
         features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
-        score_ (`OpenSetScore`): Fitted on those of training images.
+        score_ (`OpenSetScore`): Fitted on those of training images; not on disk, see there.
         calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
         temperatures_ (`dict[str, float]`): What each scorer's class scores are divided by.
         class_calibration_ (`dict[str, list[torch.Tensor]]`):
             For each scorer and class, the sorted probabilities of that class for its held-out images.
+        thumbnails_ (`dict[int, bytes]`):
+            Of training images, by their place in `train_`: small JPEG files, for those nearest to prototypes.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
             What the network gave for a fixed input when this was fitted; a network that gives something else
             has changed.
@@ -561,6 +570,30 @@ class KnownDensity(_Stateful):
         self.open_set_score, self.features = "kde", "embeddings"
         self.temperatures_: dict[str, float] = {}
         self.class_calibration_: dict[str, list[torch.Tensor]] = {}
+        self.thumbnails_: dict[int, bytes] = {}
+        self._score: OpenSetScore | None = None
+
+    def state(self) -> dict[str, Any]:
+        halved = {part: dict(getattr(self, part)) for part in ("train_", "held_out_")}
+        for part in halved.values():
+            part["statistics"] = part["statistics"].half()
+        return super().state() | halved
+
+    def restore(self) -> None:
+        """Undo what `state` did to save space."""
+        for part in (self.train_, self.held_out_):
+            part["statistics"] = part["statistics"].float()
+
+    @property
+    def score_(self) -> OpenSetScore:
+        """
+        The open-set score, fitted when it is first needed: its matrices take more room than what it is fitted
+        on.
+        """
+        if self._score is None:
+            known = self.train_[self.features]
+            self._score = OPEN_SET_SCORES[self.open_set_score]().fit(known, self.train_["labels"])
+        return self._score
 
     def fit(
         self,
@@ -574,10 +607,8 @@ class KnownDensity(_Stateful):
         Args:
             train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `statistics` (n, S) and
                 `labels` 0..K-1 (n,).
-                The held-out ones calibrate, and also training images, scored by what is fitted on the others:
-                for embeddings, which the network was trained on, those of classes that have no held-out ones;
-                for statistics all, in five folds by their `groups` (n,), if any, so that what is new in an
-                image that shows something else is known too.
+                The held-out ones calibrate; for classes that have none, training images do, each scored by
+                what is fitted on the others.
             label_names (`list[str]`): K names.
             open_set_score (`str`): A name of `OPEN_SET_SCORES`.
             features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
@@ -586,25 +617,15 @@ class KnownDensity(_Stateful):
         self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
         known = self.train_[features]
-        self.score_ = OPEN_SET_SCORES[open_set_score]().fit(known, labels)
+        self._score = None
         scores = [self.score_.score_samples(self.held_out_[features])]
-        for left_out in self._folds():
-            kept = torch.ones(len(labels), dtype=torch.bool)
-            kept[left_out] = False
-            if len(labels[kept].unique()) == len(labels.unique()):
-                others = OPEN_SET_SCORES[open_set_score]().fit(known[kept], labels[kept])
-                scores.append(others.score_samples(known[left_out]))
+        for i in self._without_held_out():
+            kept = torch.arange(len(labels)) != i
+            others = OPEN_SET_SCORES[open_set_score]().fit(known[kept], labels[kept])
+            scores.append(others.score_samples(known[i : i + 1]))
         self.calibration_ = torch.from_numpy(np.sort(np.concatenate(scores)))
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
-
-    def _folds(self, count: int = 5) -> list[Any]:
-        """Training images that are scored by what is fitted on the others."""
-        if self.features == "embeddings":
-            return [[i] for i in self._without_held_out()]
-        groups = self.train_["groups"].numpy()
-        folds = GroupKFold(min(count, len(np.unique(groups)))).split(groups, groups=groups)
-        return [left_out for _, left_out in folds]
 
     def _without_held_out(self) -> list[int]:
         """Training images of classes that have no held-out images."""
@@ -650,10 +671,11 @@ class KnownDensity(_Stateful):
             raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
         if len(new["labels"]) < 2:
             raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
-        new["groups"] += int(self.train_["groups"].max()) + 1
         train = {part: torch.cat([self.train_[part], new[part]]) for part in new}
         names = [*self.labels, name]
-        return KnownDensity().fit(train, self.held_out_, names, self.open_set_score, self.features)
+        density = KnownDensity().fit(train, self.held_out_, names, self.open_set_score, self.features)
+        density.thumbnails_ = dict(self.thumbnails_)
+        return density
 
     @property
     def embedding_size(self) -> int:
@@ -674,6 +696,13 @@ class KnownDensity(_Stateful):
         """
         return _conformal_p_values(self.calibration_, log_density)
 
+    def threshold(self, alpha: float) -> float:
+        """The open-set score below which the p-value is at most `alpha`; -inf where none is so low."""
+        rank = math.floor(alpha * (len(self.calibration_) + 1) + 1e-9) - 1
+        if rank < 0:
+            return -math.inf
+        return self.calibration_[rank].item() if rank < len(self.calibration_) else math.inf
+
     def class_p_values(self, scorer: str, probabilities: np.ndarray) -> np.ndarray:
         """
         Label-conditional p-value of each class, (n, K), from class probabilities (n, K): for an image of
@@ -687,12 +716,9 @@ class KnownDensity(_Stateful):
         return np.stack(columns, axis=1)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to a temporary name beside `path`, then move: a crash leaves the previous file whole."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        """A crash or a full disk leaves the previous file whole, see [`write_whole`]."""
         content = pickle.dumps({"version": FORMAT_VERSION, "density": _pack(self)}, protocol=4)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, lambda partial: partial.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KnownDensity":
@@ -708,6 +734,7 @@ class KnownDensity(_Stateful):
             density = _unpack(content["density"])
             if not isinstance(density, cls):
                 raise ValueError(f"it holds a {type(density).__name__}")
+            density.restore()
         except OSError:
             raise
         except Exception as error:  # a hostile or damaged pickle can raise anything

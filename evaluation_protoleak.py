@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,7 @@ OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rat
 class Predictions:
     """
     Of N images: embeddings (N, D), class probabilities (N, K), labels (N,), and where there are any log
-    densities (N,), gates (N, D), statistics (N, S), p-values (N,), class p-values (N, K) and groups (N,),
-    such as the photographs that they come from.
+    densities (N,), gates (N, D), statistics (N, S), p-values (N,) and class p-values (N, K).
     """
 
     embeddings: np.ndarray
@@ -49,7 +47,6 @@ class Predictions:
     statistics: np.ndarray | None = None
     p_values: np.ndarray | None = None
     class_p_values: np.ndarray | None = None
-    groups: np.ndarray | None = None
 
     def take(self, index: np.ndarray) -> "Predictions":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -293,24 +290,6 @@ def format_robustness(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_robustness(table: list[dict[str, Any]], path: Path) -> None:
-    """Macro AUC, open-set AUROC and stability of each row as bars (needs matplotlib, extra `plot`)."""
-    from matplotlib.figure import Figure
-
-    columns = [name for name in ("macro_auc", "auroc", "stability") if name in table[0]]
-    labels = [row["operator"] + ("" if row["strength"] is None else f" {row['strength']:g}") for row in table]
-    figure = Figure(figsize=(3.2 * len(columns) + 2, 0.2 * len(table) + 1.5), layout="constrained")
-    for axes, name in zip(
-        figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True
-    ):
-        axes.barh(labels, [row[name] for row in table], color="#4c72b0")
-        axes.axvline(table[0][name], color="black", linewidth=0.8)
-        axes.set(title=name.replace("_", " "), xlim=(0, 1))
-        axes.tick_params(labelsize=7)
-    figure.axes[0].invert_yaxis()
-    figure.savefig(path, dpi=150)
-
-
 # --- the whole protocol -------------------------------------------------------------------------------------
 
 
@@ -330,7 +309,9 @@ def evaluate_model(
     - reliability: see [`reliability`];
     - open_set_scores: figures of every open-set score on the same embeddings;
     - noise: the main figures for each of `noise_seeds` draws of the evaluation noise, the config's first;
-    - shuffled_macro_auc: with the test labels permuted, mean of 20; near 0.5.
+    - shuffled_macro_auc: with the test labels permuted, mean of 20; near 0.5;
+    - scores: what the ROC curves are drawn from, open-set scores of `known` and `unknown` images, and
+      probabilities of the class "real" for `real` and `generated` ones.
 
     Args:
         model ([`ProtoLeakForImageAttribution`]): With a density.
@@ -364,6 +345,12 @@ def evaluate_model(
     rng = np.random.default_rng(0)
     shuffled = [closed_set_figures(seen.probabilities, rng.permutation(seen.labels)) for _ in range(20)]
     report["shuffled_macro_auc"] = float(np.mean([f["macro_auc"] for f in shuffled]))
+    report["scores"] = {"known": seen.log_density.tolist()}
+    if strange is not None:
+        report["scores"]["unknown"] = strange.log_density.tolist()
+    if REAL in names:
+        of_real, is_real = seen.probabilities[:, names.index(REAL)], seen.labels == names.index(REAL)
+        report["scores"] |= {"real": of_real[is_real].tolist(), "generated": of_real[~is_real].tolist()}
     report["noise"] = _over_noise_seeds(model, test, unknown, accelerator, report["figures"], noise_seeds)
     return report
 

@@ -14,12 +14,17 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .postprocessing_protoleak import postprocess
+
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
 MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
 
 
-def open_image(source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = None) -> Image.Image:
+def open_image(
+    source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = None, name: str | None = None
+) -> Image.Image:
     """
     Open an image as upright 8-bit RGB, as a viewer shows it.
 
@@ -33,26 +38,39 @@ def open_image(source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None 
             or floating point in [0, 1].
         max_pixels (`int`): Larger images are refused before they are decoded.
         timeout (`float`, *optional*): Seconds to wait for a URL.
+        name (`str`, *optional*): What errors call it.
 
     Raises:
         OSError: the file is missing, unreadable, truncated, or not an image of an accepted format.
         ValueError: the image is too large, or the array has no image's shape, type or range.
     """
-    name = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+    if name is None:
+        name = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     name = name if len(name) <= 200 else name[:200] + "..."
     if not isinstance(source, Image.Image):
         if hasattr(source, "__array__"):
             return _to_rgb(_from_array(np.asarray(source)), name)
         source = _open_encoded(source, name, timeout)
-    if source.width * source.height > max_pixels:
-        raise ValueError(
-            f"{name} has {source.width} x {source.height} pixels, more than max_pixels = {max_pixels}; "
-            f"reduce it or raise max_pixels in preprocessor_config.json"
-        )
+    _check_size(source, name, max_pixels)
     try:
         return _to_rgb(source, name)
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow raises SyntaxError for some broken files
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise OSError(f"{name} can't be decoded, it may be truncated or damaged: {error}") from error
+
+
+def open_container(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in a file's content, its pixels not decoded; [`open_image`] tells what is refused."""
+    image = _open_encoded(content, name, None)
+    _check_size(image, name, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"{name} has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}; "
+            f"reduce it or raise max_pixels in preprocessor_config.json"
+        )
 
 
 def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
@@ -81,6 +99,10 @@ def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
         raise OSError(f"{name} is not an image of an accepted format ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # as above, of headers
+        raise OSError(f"{name} can't be opened, it may be damaged: {error}") from error
 
 
 def _from_base64(text: str, name: str) -> io.BytesIO:
@@ -130,6 +152,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def thumbnail(source: Any, side: int = 64) -> bytes:
+    """A small JPEG file of an image, at most `side` pixels wide and high."""
+    image = open_image(source)
+    image.thumbnail((side, side))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return content.getvalue()
 
 
 class ProtoLeakImageProcessor(BaseImageProcessor):
@@ -210,6 +241,16 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         crops = crops.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         return crops[0] if self.num_crops == 1 else crops
 
+    @property
+    def reencodings(self) -> list[str]:
+        """What [`~ProtoLeakImageProcessor.reencoded`] does to an image."""
+        return [f"{name} {value:g}" for name, value in REENCODINGS]
+
+    def reencoded(self, image: Any) -> list[Image.Image]:
+        """An image as it may come back from a platform, in each way of `reencodings`."""
+        image = open_image(image, self.max_pixels)
+        return [postprocess(image, name, value) for name, value in REENCODINGS]
+
     def _corners(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
         columns = math.ceil(math.sqrt(self.num_crops))
         rows = math.ceil(self.num_crops / columns)
@@ -236,14 +277,18 @@ def _reflect_pad(array: np.ndarray, size: int) -> np.ndarray:
 def find_images(paths: list[str | Path]) -> list[Path]:
     """
     The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted
-    order.
+    order. Links to folders are not followed, so that a loop of them can't catch the search.
 
-    A path that does not exist is kept, so that opening it reports it.
+    A path that does not exist, and a folder that can't be read, is kept, so that opening it reports it.
     """
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside: list[Path] = []
+            refused: list[OSError] = []
+            for folder, _, names in os.walk(path, onerror=refused.append):
+                inside += [Path(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+            found += sorted(inside) + [Path(error.filename) for error in refused]
         else:
             found.append(path)
     return found

@@ -9,12 +9,14 @@ prototypes a class, embedding size; V: crops (views) of an image; C, H, W: laten
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
@@ -217,6 +219,43 @@ class LeakEncoder(nn.Module):
         return self.projection(self.dropout(self.norm(pooled))), statistics
 
 
+class LatentWhitening(nn.Module):
+    """
+    Rotates latents to the principal components of their grid positions, each of unit variance: `matrix` times
+    (z - `mean`). It changes nothing until it is fitted.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.eye(channels))
+
+    def fit(self, latents: torch.Tensor) -> None:
+        """
+        Args:
+            latents: z_0 of training images, (N, C, H, W), crops if any after N.
+        """
+        channels = latents.shape[-3]
+        total, products, count = torch.zeros(channels).double(), torch.zeros(channels, channels).double(), 0
+        for block in latents.flatten(0, -4).split(64):  # in float64 block by block: no copy of all
+            positions = block.double().transpose(0, 1).flatten(1)  # (C, n)
+            total += positions.sum(dim=1)
+            products += positions @ positions.T
+            count += positions.shape[1]
+        mean = total / count
+        variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        largest = components.abs().argmax(dim=0)  # the sign of a component is made the same everywhere
+        components = components * components.gather(0, largest[None]).sign()
+        floor = 1e-8 * variances.max()  # below is rounding
+        self.mean.copy_(mean)
+        self.matrix.copy_((components / variances.clamp_min(floor).sqrt()).T)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
+        centred = latents - self.mean[:, None, None]
+        return torch.einsum("kc,nchw->nkhw", self.matrix, centred)
+
+
 class FeatureGate(nn.Module):
     """w = sigmoid(MLP(h)): how much each dimension of the embedding counts."""
 
@@ -305,6 +344,9 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, TemporalAttention):
             init.normal_(module.query, std=0.02)
+        elif isinstance(module, LatentWhitening):
+            init.zeros_(module.mean)
+            init.eye_(module.matrix)
         elif isinstance(module, PrototypeHead):
             init.normal_(module.prototypes, std=0.5)
             init.zeros_(module.temperature_logit)
@@ -363,12 +405,24 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
                 The autoencoder to hold; by default the checkpoint's `vae/`, else `config.vae_name_or_path`.
 
         Raises:
-            OSError: no VAE can be loaded; the message tells which was looked for and how to pass another.
-            ValueError: the density doesn't belong to these weights, or is not safe to read. With
+            OSError: the weights are damaged, or no VAE can be loaded; the message tells which was looked for
+                and how to pass another.
+            ValueError: the weights are not finite or not of the config's shapes, or the density doesn't
+                belong to these weights, or is not safe to read. With
                 `ignore_mismatched_sizes=True`, as for a new head, it is left out with a warning.
         """
-        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"model.safetensors of {pretrained_model_name_or_path} is damaged: {error}; fetch it again"
+            ) from error
+        except RuntimeError as error:  # shapes that are not those of the config
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} don't fit: {error}") from error
         model = result[0] if isinstance(result, tuple) else result
+        for name, weight in model.state_dict().items():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"{name} of {pretrained_model_name_or_path} has NaN or infinite values")
         hub = {
             k: kwargs[k]
             for k in ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -415,7 +469,7 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
                 "attribution_model": [None, None],
             }
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for part in ("configuration", "image_processing", "density", "modeling", "pipeline"):
+        for part in CODE:
             code = Path(__file__).with_name(f"{part}_protoleak.py").read_bytes()
             (folder / f"{part}_protoleak.py").write_bytes(code)
 
@@ -425,6 +479,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_protoleak.ProtoLeakModel",
     "AutoModelForImageClassification": "modeling_protoleak.ProtoLeakForImageAttribution",
 }
+CODE = ("configuration", "files", "postprocessing", "image_processing", "density", "modeling", "pipeline")
 CUSTOM_PIPELINE = {
     "impl": "pipeline_protoleak.ImageAttributionPipeline",
     "pt": ["AutoModelForImageClassification"],
@@ -481,6 +536,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def __init__(self, config: ProtoLeakConfig):
         super().__init__(config)
+        self.whitening = LatentWhitening(config.latent_channels) if config.latent_whitening else None
         self.encoder = LeakEncoder(config)
         self.gate = FeatureGate(config.embedding_size)
         self.attention = TemporalAttention(config.embedding_size, config.time_dropout)
@@ -574,7 +630,9 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
                 f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
             )
         views = latents.shape[1:-3]  # () or (V,)
-        flat = latents.flatten(0, -4).to(self.device)  # (BV, C, H, W)
+        flat = latents.flatten(0, -4).to(self.device, torch.float32)  # (BV, C, H, W)
+        if self.whitening is not None:
+            flat = self.whitening(flat)
         noise = self._noise(flat)
         noisy = forward_diffusion(flat, noise, self.alphas_cumprod(), self.config.sigma_normalization)
         encoded = self.encoder(noisy.flatten(0, 1).to(self.dtype))
@@ -674,6 +732,129 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
             raise ValueError(f"scorer={scorer!r} needs a density; run train.py, or set scorer='prototype'")
         scores = self.density.scorers_[scorer].score_samples(embeddings)
         return torch.from_numpy(scores).to(prototype_scores)
+
+    # --- reasons
+
+    @torch.no_grad()
+    def explain(self, output: ImageAttributionOutput, num_prototypes: int = 3) -> list[dict[str, Any]]:
+        """
+        Why each image of an output got its scores, as plain values.
+
+        Args:
+            output (`ImageAttributionOutput`): What this model gave, with the dimension of images.
+            num_prototypes (`int`): How many of the nearest prototypes are told.
+
+        Returns:
+            For each image a `dict` with
+            - prototypes: the nearest, each with `label`, `prototype` (its place in the class), `distance`,
+              and `examples`, the training images nearest to it (`index`, `label`), where a density is fitted;
+            - contributions: what makes the difference of the logits of the `first` and the `second` class:
+              `dimensions`, one value for each of the embedding, from w_i (h_i - p_i)^2, and
+              `sharing`, how evenly each class's prototypes share the image. They add up to `difference`.
+              `None` with another scorer than the prototypes;
+            - timesteps: `timestep` and `weight` of each;
+            - density: `log_density`, the `threshold` at `alpha` below which an image is called unknown, and
+              `rank`, the share of the `count` calibration images that score lower. `None` without a density.
+        """
+        embeddings, gates = output.embeddings.float(), output.gates.float()
+        distances = self.head.distances(embeddings, gates)  # (B, K, M)
+        examples = self.prototype_examples() if self.density is not None else {}
+        names = self.config.label_names
+        reasons = []
+        for i in range(len(embeddings)):
+            nearest = distances[i].flatten().argsort()[:num_prototypes].tolist()
+            prototypes = []
+            for place in nearest:
+                k, m = divmod(place, distances.shape[2])
+                row = {"label": names[k], "prototype": m, "distance": distances[i, k, m].item()}
+                prototypes.append(row | {"examples": examples.get((k, m), [])})
+            weights = output.temporal_weights[i].tolist()
+            steps = zip(self.config.timesteps, weights, strict=True)
+            reasons.append(
+                {
+                    "prototypes": prototypes,
+                    "contributions": self._contributions(embeddings[i], gates[i], output.logits[i]),
+                    "timesteps": [{"timestep": t, "weight": weight} for t, weight in steps],
+                    "density": self._place_in_density(output, i),
+                }
+            )
+        return reasons
+
+    def _contributions(self, embedding, gate, logits) -> dict[str, Any] | None:
+        """
+        tau logsumexp_m(-d_m / tau) = -sum_m r_m d_m + tau H(r) with r = softmax(-d / tau), and d_m is a sum
+        over dimensions: a class score is a sum over dimensions and one more term, exactly.
+        """
+        if self.config.scorer != "prototype" or len(logits) < 2:
+            return None
+        temperature = 1.0 if self.density is None else self.density.temperatures_["prototype"]
+        order = logits.argsort(descending=True)[:2]
+        tau = self.head.temperature
+        parts = gate * (embedding - self.head.prototypes[order].float()).square()  # (2, M, D)
+        log_shares = (-parts.sum(dim=2) / tau).log_softmax(dim=1)  # (2, M)
+        shares = log_shares.exp()
+        of_dimensions = -(shares[..., None] * parts).sum(dim=1) / temperature  # (2, D)
+        of_sharing = -tau * (shares * log_shares).sum(dim=1) / temperature  # (2,)
+        names = [self.config.label_names[k] for k in order.tolist()]
+        return {
+            "first": names[0],
+            "second": names[1],
+            "difference": (logits[order[0]] - logits[order[1]]).item(),
+            "dimensions": (of_dimensions[0] - of_dimensions[1]).tolist(),
+            "sharing": (of_sharing[0] - of_sharing[1]).item(),
+        }
+
+    def _place_in_density(self, output: ImageAttributionOutput, i: int) -> dict[str, Any] | None:
+        if self.density is None:
+            return None
+        score, calibration = output.log_density[i].item(), self.density.calibration_
+        return {
+            "log_density": score,
+            "threshold": self.density.threshold(self.config.alpha),
+            "alpha": self.config.alpha,
+            "rank": (calibration < score).double().mean().item(),
+            "count": len(calibration),
+        }
+
+    @torch.no_grad()
+    def prototype_examples(self, count: int = 3) -> dict[tuple[int, int], list[dict[str, Any]]]:
+        """
+        For each class k and prototype m the training images nearest to it, each seen through its own gates:
+        `index` in the density's training images, and `label`. Prototypes that enrolling left unused have
+        none.
+        """
+        if self.density is None:
+            raise ValueError("this model has no density, so its training images are not known; run train.py")
+        known = self.density.train_
+        distances = self.head.distances(known["embeddings"].to(self.device), known["gates"].to(self.device))
+        names = self.config.label_names
+        found = {}
+        for k, m in torch.cartesian_prod(*map(torch.arange, distances.shape[1:])).tolist():
+            if self.head.prototypes[k, m].max() < PARKED:
+                nearest = distances[:, k, m].argsort()[:count].tolist()
+                found[k, m] = [{"index": n, "label": names[int(known["labels"][n])]} for n in nearest]
+        return found
+
+    def keep_thumbnails(self, open_training_image: Callable[[int], Any], max_bytes: int = 1_000_000) -> None:
+        """
+        Keep small pictures of the training images nearest to each prototype with the density.
+
+        Args:
+            open_training_image (`Callable`): From an image's place among the density's training images, as it
+                was given to [`~ProtoLeakForImageAttribution.fit_density`], to the image, or `None`.
+            max_bytes (`int`): Of all together; the nearest come first.
+        """
+        from .image_processing_protoleak import thumbnail
+
+        examples = self.prototype_examples().values()
+        nearest_first = [row["index"] for rank in zip(*examples, strict=False) for row in rank]
+        kept: dict[int, bytes] = {}
+        for index in dict.fromkeys(nearest_first):
+            image = open_training_image(index)
+            content = self.density.thumbnails_.get(index) if image is None else thumbnail(image)
+            if content is not None and sum(map(len, kept.values())) + len(content) <= max_bytes:
+                kept[index] = content
+        self.density.thumbnails_ = kept
 
     # --- the density
 

@@ -76,7 +76,9 @@ class ImageAttributionPipeline(Pipeline):
 
     Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), or a list of them, and
     returns a record or a list of records, see [`attribution_record`]. `alpha=` overrides the level of the
-    "unknown" verdict.
+    "unknown" verdict. With `explain=True` a record also has `explanation`: what
+    [`ProtoLeakForImageAttribution.explain`] tells, and `stability`, the verdict on the image after each of
+    the processor's `REENCODINGS`, with how many of how many agree; each image is then run alone with these.
     """
 
     _load_processor = False
@@ -92,27 +94,37 @@ class ImageAttributionPipeline(Pipeline):
                 f"Other classifiers run under 'image-classification'"
             )
 
-    def _sanitize_parameters(self, alpha: float | None = None, **kwargs):
+    def _sanitize_parameters(self, alpha: float | None = None, explain: bool | None = None, **kwargs):
         if kwargs:
-            raise ValueError(f"the {TASK} pipeline takes alpha besides the inputs; got {sorted(kwargs)}")
+            raise ValueError(
+                f"the {TASK} pipeline takes alpha and explain besides the inputs; got {sorted(kwargs)}"
+            )
         if alpha is not None and not 0 < alpha < 1:
             raise ValueError(f"alpha must be in (0, 1); got alpha={alpha!r}")
-        return {}, {}, {} if alpha is None else {"alpha": alpha}
+        steps = {} if explain is None else {"explain": explain}
+        return steps, {}, steps | ({} if alpha is None else {"alpha": alpha})
 
     def __call__(self, inputs: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Attribute one image, or a list of images."""
         if isinstance(inputs, list | tuple) and not inputs:
             return []
+        if kwargs.get("explain", self._preprocess_params.get("explain")):
+            kwargs["batch_size"] = 1  # of one image and its re-encodings
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image: Any):
-        return self.image_processor(image, return_tensors="pt")
+    def preprocess(self, image: Any, explain: bool = False):
+        images = [image, *self.image_processor.reencoded(image)] if explain else image
+        return self.image_processor(images, return_tensors="pt")
 
     def _forward(self, model_inputs):
         return self.model(**model_inputs)
 
-    def postprocess(self, model_outputs, alpha: float | None = None) -> dict[str, Any]:
-        return records_of(model_outputs, self.model.config, alpha)[0]
+    def postprocess(self, model_outputs, alpha: float | None = None, explain: bool = False) -> dict[str, Any]:
+        record, *others = records_of(model_outputs, self.model.config, alpha)
+        if explain:
+            record["explanation"] = self.model.explain(model_outputs)[0]
+            record["explanation"]["stability"] = stability(record, self.image_processor.reencodings, others)
+        return record
 
 
 def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any]]:
@@ -129,6 +141,13 @@ def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any
         )
         for i in range(len(output["logits"]))
     ]
+
+
+def stability(record: dict[str, Any], treatments: list[str], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many records of an image after these treatments have the same verdict: `agreeing` of `count`."""
+    verdicts = [{"treatment": t, "label": o["label"]} for t, o in zip(treatments, others, strict=True)]
+    agreeing = sum(verdict["label"] == record["label"] for verdict in verdicts)
+    return {"agreeing": agreeing, "count": len(verdicts), "verdicts": verdicts}
 
 
 @dataclass

@@ -11,6 +11,7 @@ weights, the image processor and the image files' content.
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -30,14 +31,16 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.card_protoleak import write_card
-from protoleak.data_protoleak import RandomView, content_key, encode_split, groups_of, load_splits
-from protoleak.evaluation_protoleak import format_summary, predict, summarize
+from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
+from protoleak.evaluation_protoleak import evaluate_model, format_summary, predict
+from protoleak.files_protoleak import whole_folder, write_whole
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent
+STATE_FILE = "training_state.pt"  # in output_dir, while a run is not finished
 logger = logging.getLogger("protoleak.train")
 
 
@@ -133,18 +136,33 @@ def fit(
     """
     Train in place. Validated and kept are moving averages of the weights; those at the end are of the epoch
     with the lowest validation loss. Returns the history.
+
+    After each epoch the state goes to `output_dir`, and a run with the same arguments goes on from there. All
+    that is random is seeded anew in each epoch, so that it ends with the weights of a run that never stopped.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=arguments.weight_decay)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    loader = DataLoader(train, arguments.batch_size, shuffle=True, generator=generator)
+    order = torch.Generator()
+    loader = DataLoader(train, arguments.batch_size, shuffle=True, generator=order)
     steps = arguments.num_train_epochs * math.ceil(len(loader) / accelerator.num_processes)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     average = EMAModel(parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=1.0)
-    history, best, best_weights = [], math.inf, None
-    bar = tqdm(range(arguments.num_train_epochs), desc="epochs", disable=not accelerator.is_main_process)
+    state = TrainingState(Path(arguments.output_dir) / STATE_FILE, arguments, accelerator)
+    history, best_weights = state.load(model, optimizer, schedule, average)
+    bar = tqdm(
+        range(len(history), arguments.num_train_epochs),
+        initial=len(history),
+        total=arguments.num_train_epochs,
+        desc="epochs",
+        disable=not accelerator.is_main_process,
+    )
     for epoch in bar:
+        best = min(history, key=lambda r: r["validation_loss"]) if history else {"validation_loss": math.inf}
+        if history and epoch - 1 - best["epoch"] >= arguments.patience:
+            break
+        set_seed(arguments.seed + 1_000_003 * (epoch + 1), device_specific=True)
+        order.manual_seed(arguments.seed + epoch)
         wrapped.train()
         losses = []
         for latents, labels in loader:
@@ -174,13 +192,66 @@ def fit(
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
         if not math.isfinite(row["train_loss"]):
             raise ValueError(f"the loss became {row['train_loss']} in epoch {epoch}; lower learning_rate")
-        if row["validation_loss"] < best:
-            best, best_weights = row["validation_loss"], _network_weights(model)
+        if row["validation_loss"] < best["validation_loss"]:
+            best_weights = _network_weights(model)
         average.restore(parameters)
-        if epoch - min(history, key=lambda r: r["validation_loss"])["epoch"] >= arguments.patience:
-            break
+        state.save(model, optimizer, schedule, average, history, best_weights)
     model.load_state_dict(best_weights, strict=False)
     return history
+
+
+class TrainingState:
+    """
+    Where a run stands after an epoch, on disk.
+
+    Args:
+        path (`Path`): Of the file; it is written under another name and moved.
+        arguments ([`TrainingArguments`]): Of the run; a state of other ones, or of another number of
+            processes, is passed over.
+        accelerator (`Accelerator`): Its main process writes.
+    """
+
+    def __init__(self, path: Path, arguments: TrainingArguments, accelerator: Accelerator):
+        self.path, self.accelerator = path, accelerator
+        facts = [dataclasses.asdict(arguments), accelerator.num_processes, torch.__version__]
+        self.run = json.dumps(facts, sort_keys=True)
+
+    def load(
+        self, model, optimizer, schedule, average
+    ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor] | None]:
+        """Bring everything to the state on disk; its history and best weights, empty where there is none."""
+        if not self.path.exists():
+            return [], None
+        try:
+            state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:  # torch and pickle raise many kinds for a damaged file
+            raise ValueError(
+                f"{self.path} can't be read: {error}; delete it to train from the start"
+            ) from error
+        if state["run"] != self.run:
+            logger.warning("%s is of a run with other arguments; training starts anew", self.path)
+            return [], None
+        model.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        average.load_state_dict(state["average"])
+        logger.info("going on after epoch %d of %s", len(state["history"]), self.path)
+        return state["history"], state["best_weights"]
+
+    def save(self, model, optimizer, schedule, average, history, best_weights) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "run": self.run,
+            "weights": _network_weights(model),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "average": average.state_dict(),
+            "history": history,
+            "best_weights": best_weights,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, lambda partial: torch.save(state, partial))
 
 
 def _warmup_cosine(step: int, steps: int) -> float:
@@ -227,27 +298,30 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         ]
     )
     data["train"] = seen.views[0]
+    if model.protoleak.whitening is not None and not arguments.model_name_or_path:
+        model.protoleak.whitening.fit(data["train"].tensors[0])
     encoded = time.perf_counter()
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
-    known["train"].groups = groups_of(splits["train"])
     model.fit_density(known["train"], known["validation"])
-    test = predict(model, data["test"], accelerator)
-    unknown = predict(model, data["unknown"], accelerator) if "unknown" in data else None
+    pictures = splits["train"]["image"]
+    model.keep_thumbnails(lambda i: pictures[i]["bytes"] or pictures[i]["path"])
+    unknown_names = splits["unknown"]["label"] if "unknown" in splits else None
     summary = {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": len(history),
-        "seconds": {
-            "encoding": round(encoded - started, 1),
-            "training": round(trained - encoded, 1),
-            "total": round(time.perf_counter() - started, 1),
-        },
-        **summarize(test, unknown, label_names, alpha=model.config.alpha),
+        **evaluate_model(model, data["test"], data.get("unknown"), accelerator, unknown_names),
         "history": history,
+    }
+    summary["seconds"] = {
+        "encoding": round(encoded - started, 1),
+        "training": round(trained - encoded, 1),
+        "total": round(time.perf_counter() - started, 1),
     }
     if accelerator.is_main_process:
         save(model, processor, summary, arguments)
+        (Path(arguments.output_dir) / STATE_FILE).unlink(missing_ok=True)
         if arguments.push_to_hub:
             hub = HfApi()
             hub.create_repo(arguments.push_to_hub, exist_ok=True)
@@ -264,9 +338,14 @@ def save(
 ) -> None:
     """Write a checkpoint that every loader takes, with its figures in metrics.json and in its card."""
     folder = Path(arguments.output_dir)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            from protoleak.plots_protoleak import draw_evaluation, save_figures
+
+            save_figures(draw_evaluation(summary, model.density), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
     write_card(folder, model, origin, _command(arguments), summary)
 

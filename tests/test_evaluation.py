@@ -90,6 +90,8 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert {"jpeg", "crop", "step3"} < {row["operator"] for row in table}
     assert min(row["stability"] for row in table) < 1
     assert (tmp_path / "out/robustness.png").stat().st_size > 5000
+    for name in ("roc", "confusion", "reliability", "embeddings"):
+        assert (tmp_path / f"out/figures/{name}.png").stat().st_size > 5000
     assert "| gaussian_blur | 1 |" in capsys.readouterr().out
 
 

@@ -14,7 +14,19 @@ from transformers import pipeline
 
 from .conftest import LABELS
 
-RUN_FIELDS = ("file", "sha256", "width", "height", "model", "revision", "noise_seed", "timesteps", "error")
+RUN_FIELDS = (
+    "provenance",
+    "model_sha256",
+    "file",
+    "sha256",
+    "width",
+    "height",
+    "model",
+    "revision",
+    "noise_seed",
+    "timesteps",
+    "error",
+)
 
 
 @pytest.fixture

@@ -1,0 +1,187 @@
+"""Figures of a checkpoint and of its evaluation (matplotlib, extra `plot`)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("figures need matplotlib; pip install 'protoleak[plot]'") from error
+
+BLUE, RED, GREY = "#4c72b0", "#c44e52", "#999999"
+
+
+def _axes(width: float, height: float, **labels: str):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+# --- one image ----------------------------------------------------------------------------------------------
+
+
+class EmbeddingMap:
+    """
+    Two-dimensional map of a checkpoint's training embeddings: the first two principal components, or UMAP,
+    which needs umap-learn.
+
+    Args:
+        density ([`KnownDensity`]): Of the checkpoint.
+        method (`str`): `"pca"` or `"umap"`.
+    """
+
+    def __init__(self, density: Any, method: str = "pca"):
+        known = density.train_["embeddings"].numpy()
+        self.labels, self.members = density.labels, density.train_["labels"].numpy()
+        if method == "umap":
+            from umap import UMAP
+
+            self.reducer, self.axes = UMAP(random_state=0), ("UMAP 1", "UMAP 2")
+            self.known = self.reducer.fit_transform(known)
+        elif method == "pca":
+            self.reducer = PCA(2, random_state=0).fit(known)
+            self.known = self.reducer.transform(known)
+            shares = self.reducer.explained_variance_ratio_
+            self.axes = tuple(
+                f"component {i + 1} ({share:.0%} of variance)" for i, share in enumerate(shares)
+            )
+        else:
+            raise ValueError(f"method must be 'pca' or 'umap'; got {method!r}")
+
+    def draw(self, embedding: Any = None) -> "Figure":
+        """The map, with one more embedding (D,) as a star."""
+        figure, axes = _axes(5.2, 4, xlabel=self.axes[0], ylabel=self.axes[1])
+        for k, label in enumerate(self.labels):
+            axes.scatter(*self.known[self.members == k].T, s=7, alpha=0.5, linewidths=0, label=label)
+        if embedding is not None:
+            point = self.reducer.transform(np.asarray(embedding, np.float32)[None])[0]
+            axes.scatter(*point, s=180, marker="*", color="black", label="this image")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        return figure
+
+
+def draw_density(calibration: Any, reason: dict[str, Any]) -> "Figure":
+    """Histogram of the calibration images' open-set scores, with the threshold and this image's."""
+    scores = np.asarray(calibration)
+    low, high = np.quantile(scores, [0.005, 0.995])
+    score = reason["log_density"]
+    figure, axes = _axes(5.2, 2.6, xlabel="open-set score", ylabel="known images, held out")
+    left, right = min(low, score), max(high, score)
+    axes.hist(scores.clip(left, right), bins=50, range=(left, right), color=GREY)
+    if np.isfinite(reason["threshold"]):
+        axes.axvline(
+            reason["threshold"], color=RED, linestyle="--", label=f"threshold, alpha {reason['alpha']:g}"
+        )
+    axes.axvline(score, color=BLUE, linewidth=2, label="this image")
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def draw_contributions(contributions: dict[str, Any], count: int = 12) -> "Figure":
+    """The dimensions that speak most for the first or the second class, the others, and the sharing."""
+    values = np.array(contributions["dimensions"])
+    order = np.argsort(-np.abs(values))[:count]
+    names = [f"dimension {i}" for i in order] + [f"other {len(values) - len(order)}", "sharing"]
+    bars = [*values[order], values.sum() - values[order].sum(), contributions["sharing"]]
+    title = f"towards {contributions['first']} (right) or {contributions['second']} (left)"
+    figure, axes = _axes(5.2, 3.4, xlabel="logits", title=title)
+    axes.barh(names, bars, color=[BLUE if bar > 0 else RED for bar in bars])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
+    axes.title.set_fontsize(9)
+    return figure
+
+
+def draw_timesteps(rows: list[dict[str, Any]]) -> "Figure":
+    """The weight of each timestep in the embedding."""
+    figure, axes = _axes(5.2, 1.8, xlabel="timestep t of the forward diffusion", ylabel="attention")
+    axes.bar([str(row["timestep"]) for row in rows], [row["weight"] for row in rows], color=BLUE)
+    axes.set_ylim(0, 1)
+    return figure
+
+
+# --- many images --------------------------------------------------------------------------------------------
+
+
+def draw_roc(curves: dict[str, tuple[Any, Any]]) -> "Figure":
+    """ROC curves by title, from the scores of the positives and those of the negatives."""
+    figure, axes = _axes(4.4, 4, xlabel="false positive rate", ylabel="true positive rate")
+    for title, (positive, negative) in curves.items():
+        truth = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
+        axes.plot(*roc_curve(truth, np.r_[positive, negative])[:2], label=title)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    axes.legend(fontsize=7, loc="lower right", frameon=False)
+    return figure
+
+
+def draw_confusion(report: dict[str, Any]) -> "Figure":
+    """Rows are true classes, columns verdicts, with "unknown" as the last."""
+    verdicts = [*report["labels"], "unknown"]
+    counts = np.zeros((len(verdicts), len(verdicts)), int)
+    counts[: len(report["labels"])] = report["confusion"]
+    size = 1.5 + 0.5 * len(verdicts)
+    figure, axes = _axes(size + 0.8, size)
+    display = ConfusionMatrixDisplay(counts, display_labels=verdicts)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=60)
+    axes.set(ylim=(len(report["labels"]) - 0.5, -0.5), xlabel="verdict", ylabel="made by")
+    return figure
+
+
+def draw_reliability(rows: list[dict[str, float]]) -> "Figure":
+    """Accuracy against confidence of the likeliest class; dots are as large as their share of images."""
+    figure, axes = _axes(4, 4, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    confidence, accuracy, share = (
+        [row[name] for row in rows] for name in ("confidence", "accuracy", "share")
+    )
+    axes.scatter(confidence, accuracy, s=[20 + 600 * s for s in share], color=BLUE, alpha=0.7)
+    return figure
+
+
+def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, "Figure"]:
+    """The figures of a report of [`evaluate_model`], by name: roc, confusion, reliability, embeddings."""
+    pairs = {
+        "known against unknown": ("known", "unknown"),
+        "real against generated": ("real", "generated"),
+    }
+    scores = report["scores"]
+    curves = {t: (scores[a], scores[b]) for t, (a, b) in pairs.items() if a in scores and b in scores}
+    drawn = {"roc": draw_roc(curves)} if curves else {}
+    drawn["confusion"] = draw_confusion(report)
+    drawn["reliability"] = draw_reliability(report["reliability"])
+    return drawn | {"embeddings": EmbeddingMap(density).draw()}
+
+
+def draw_robustness(table: list[dict[str, Any]]) -> "Figure":
+    """Macro AUC, open-set AUROC and stability of each row of [`robustness`] as bars."""
+    columns = [name for name in ("macro_auc", "auroc", "stability") if name in table[0]]
+    labels = [row["operator"] + ("" if row["strength"] is None else f" {row['strength']:g}") for row in table]
+    figure = Figure(figsize=(3.2 * len(columns) + 2, 0.2 * len(table) + 1.5), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, columns, strict=True):
+        axes.barh(labels, [row[name] for row in table], color=BLUE)
+        axes.axvline(table[0][name], color="black", linewidth=0.8)
+        axes.set(title=name.replace("_", " "), xlim=(0, 1))
+        axes.tick_params(labelsize=7)
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def save_figures(figures: dict[str, "Figure"], folder: str | Path) -> list[Path]:
+    """Write each as NAME.png into the folder."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=130)
+    return paths

@@ -1,0 +1,274 @@
+"""
+A report on images: the verdict in words, the reasons drawn, and what a second examiner needs to repeat it.
+One HTML file that needs nothing else, or JSON.
+"""
+
+import base64
+import importlib.metadata
+import io
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from transformers import Pipeline
+from transformers.utils import cached_file
+
+from .evaluation_protoleak import TITLES
+from .files_protoleak import write_whole
+from .image_processing_protoleak import find_images, open_image
+from .pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
+from .plots_protoleak import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
+from .provenance_protoleak import summarise_provenance
+from .scan_protoleak import Attributor
+
+TEMPLATE = "report_template.html"
+PACKAGES = ("protoleak", "torch", "transformers", "diffusers", "numpy", "pillow", "scikit-learn")
+PREVIEW = 512
+
+
+class Examiner:
+    """
+    Attributes images with their reasons.
+
+    Args:
+        model (`str`): Checkpoint folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+    """
+
+    def __init__(self, model: str, revision: str | None = None):
+        self.attributor = Attributor(model, revision)
+        self.network = self.attributor.network
+        self.pipeline: Pipeline = ImageAttributionPipeline(
+            model=self.network, image_processor=self.attributor.processor
+        )
+        self.metrics = _metrics(model, revision)
+        self.map = EmbeddingMap(self.network.density) if self.network.density is not None else None
+
+    def examine(self, file: str | os.PathLike) -> dict[str, Any]:
+        """
+        The record of a file as `protoleak attribute` gives it, with `explanation`; `error` tells why there is
+        none.
+        """
+        row, pixel_values = self.attributor.read(Path(file))
+        if pixel_values is None:
+            return dict.fromkeys((*RECORD_FIELDS, "explanation")) | row
+        image = open_image(Path(file), self.attributor.processor.max_pixels)
+        record = self.pipeline(image, explain=True)
+        embedding = self.network.protoleak(
+            self.attributor.processor(image)["pixel_values"].to(self.network.device)
+        ).embeddings[0]
+        record["explanation"]["embedding"] = embedding.detach().float().cpu().tolist()
+        return record | row
+
+    def about(self) -> dict[str, Any]:
+        """What a second examiner needs: files and their digests, versions, settings, error rates, classes."""
+        config = self.network.config
+        figures = (self.metrics or {}).get("figures", {})
+        density = self.network.density
+        return {
+            "model": self.attributor.name,
+            "revision": self.attributor.revision,
+            "files": self.attributor.weights,
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
+            "noise_seed": config.noise_seed,
+            "timesteps": config.timesteps,
+            "alpha": config.alpha,
+            "threshold": density.threshold(config.alpha) if density is not None else None,
+            "scorer": config.scorer,
+            "open_set_score": f"{config.open_set_score} of {config.open_set_features}",
+            "classes": config.label_names,
+            "error_rates": [
+                {"name": TITLES[name], "value": figures[name], "interval": self.metrics["intervals"][name]}
+                for name in TITLES
+                if name in figures
+            ],
+            "measured_on": (self.metrics or {}).get("dataset"),
+        }
+
+
+def _metrics(model: str, revision: str | None) -> dict[str, Any] | None:
+    path = Path(model, "metrics.json")
+    if not Path(model).is_dir():
+        path = cached_file(
+            model, "metrics.json", revision=revision or "main", _raise_exceptions_for_missing_entries=False
+        )
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else None
+
+
+def verdict_in_words(record: dict[str, Any]) -> str:
+    """The verdict of a record in a sentence or two, with what it means and what it does not."""
+    if record["error"]:
+        return f"This file could not be examined: {record['error']}"
+    if record["is_unknown"]:
+        return (
+            "Unknown: the image is unlike those of every class that the model knows. It may be by a "
+            "generator, or of a kind, that the model has never seen."
+        )
+    names = record["prediction_set"] or [record["label"]]
+    if len(names) > 1:
+        return (
+            f"Ambiguous: {_listed(names)}. The image fits each of these known classes, and the model can't "
+            "rule out any of them at its level; the first is the likeliest."
+        )
+    made = "a camera (class real)" if names[0] == "real" else names[0]
+    return (
+        f"Known: {made}. Of the classes that the model knows, this one alone fits. A generator that it "
+        "doesn't know may leave the same traces."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
+def reasons_in_words(record: dict[str, Any]) -> list[str]:
+    """The explanation of a record as sentences."""
+    reason = record["explanation"]
+    lines = []
+    for row in reason["prototypes"]:
+        of = "".join(
+            f", near training images of {', '.join(_counted(row['examples']))}" for _ in row["examples"][:1]
+        )
+        lines.append(f"prototype {row['prototype']} of {row['label']} at distance {row['distance']:.2f}{of}")
+    if contributions := reason["contributions"]:
+        values = contributions["dimensions"]
+        strongest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:3]
+        told = ", ".join(f"dimension {i} {values[i]:+.2f}" for i in strongest)
+        lines.append(
+            f"{contributions['first']} over {contributions['second']} by {contributions['difference']:.2f} "
+            f"logits: {told}, the other dimensions "
+            f"{sum(values) - sum(values[i] for i in strongest):+.2f}, sharing {contributions['sharing']:+.2f}"
+        )
+    steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
+    lines.append(f"attention over timesteps: {steps}")
+    if density := reason["density"]:
+        lines.append(
+            f"open-set score {density['log_density']:.2f}, higher than that of {density['rank']:.1%} of "
+            f"{density['count']} known images that calibrate it; "
+            f"below {density['threshold']:.2f} it would be unknown"
+        )
+    stability = reason["stability"]
+    changed = [
+        f"{v['treatment']}: {v['label']}" for v in stability["verdicts"] if v["label"] != record["label"]
+    ]
+    lines.append(
+        f"verdict kept after {stability['agreeing']} of {stability['count']} re-encodings"
+        + (f" ({'; '.join(changed)})" if changed else "")
+    )
+    return lines
+
+
+def _counted(examples: list[dict[str, Any]]) -> list[str]:
+    labels = [row["label"] for row in examples]
+    return [f"{label} ({labels.count(label)})" for label in dict.fromkeys(labels)]
+
+
+def write_report(
+    examiner: Examiner, records: list[dict[str, Any]], output: str | os.PathLike, format: str = "html"
+) -> Path:
+    """
+    Write the records of [`Examiner.examine`] and [`Examiner.about`] to one file, first to a temporary name.
+
+    Args:
+        format (`str`): `"html"`, with images and drawings inside, or `"json"`.
+    """
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = examiner.about() | {"made": datetime.now(UTC).isoformat(timespec="seconds")}
+    if format == "json":
+        text = json.dumps({"about": about, "records": records}, indent=2) + "\n"
+    else:
+        text = render(examiner, records, about)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    return path
+
+
+def render(examiner: Examiner, records: list[dict[str, Any]], about: dict[str, Any] | None = None) -> str:
+    """The HTML of a report. Every text is escaped; there is no script and nothing is fetched."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
+    )
+    cases = [
+        {
+            "record": record,
+            "name": Path(record["file"]).name,
+            "verdict": verdict_in_words(record),
+            "kind": _kind(record),
+            "claims": summarise_provenance(record["provenance"]) if record["provenance"] else [],
+            "preview": None if record["error"] else _preview(record["file"]),
+            "reasons": [] if record["error"] else reasons_in_words(record),
+            "drawings": [] if record["error"] else _drawings(examiner, record),
+            "prototypes": [] if record["error"] else _pictured(examiner, record),
+        }
+        for record in records
+    ]
+    about = about or examiner.about() | {"made": datetime.now(UTC).isoformat(timespec="seconds")}
+    return environment.get_template(TEMPLATE).render(cases=cases, about=about)
+
+
+def _kind(record: dict[str, Any]) -> str:
+    if record["error"]:
+        return "error"
+    if record["is_unknown"]:
+        return "unknown"
+    return "ambiguous" if len(record["prediction_set"] or []) > 1 else "known"
+
+
+def _preview(file: str) -> str:
+    image = open_image(file)
+    image.thumbnail((PREVIEW, PREVIEW))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return _data_uri(content.getvalue(), "image/png")
+
+
+def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
+    kept = examiner.network.density.thumbnails_ if examiner.network.density is not None else {}
+    return [
+        row
+        | {
+            "pictures": [
+                {"label": e["label"], "uri": _data_uri(kept[e["index"]], "image/jpeg")}
+                for e in row["examples"]
+                if e["index"] in kept
+            ]
+        }
+        for row in record["explanation"]["prototypes"]
+    ]
+
+
+def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]]:
+    reason = record["explanation"]
+    made = {}
+    if reason["contributions"]:
+        made["What speaks for the first class against the second"] = draw_contributions(
+            reason["contributions"]
+        )
+    made["Attention over timesteps"] = draw_timesteps(reason["timesteps"])
+    density = examiner.network.density
+    if density is not None:
+        made["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
+        made["How usual it is among known images"] = draw_density(density.calibration_, reason["density"])
+    drawings = []
+    for title, figure in made.items():
+        content = io.BytesIO()
+        figure.savefig(content, format="svg", metadata={"Date": None})
+        drawings.append({"title": title, "uri": _data_uri(content.getvalue(), "image/svg+xml")})
+    return drawings
+
+
+def _data_uri(content: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
+
+
+def examine_all(examiner: Examiner, paths: list[str]) -> list[dict[str, Any]]:
+    """The records of files, and of those in folders."""
+    return [examiner.examine(file) for file in find_images(paths)]
+
+
+__all__ = ["Examiner", "render", "verdict_in_words", "write_report"]

@@ -1,0 +1,318 @@
+"""
+Attribution of many files: workers read and decode while the model runs, records are written as they come,
+and a run that was stopped goes on where it was.
+
+Under `accelerate launch` the files are shared out over the processes; the main one joins their records.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers.utils import cached_file
+
+from .files_protoleak import write_whole
+from .image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
+from .modeling_protoleak import ProtoLeakForImageAttribution
+from .pipeline_protoleak import RECORD_FIELDS, records_of
+from .provenance_protoleak import read_provenance
+
+WEIGHT_FILES = (
+    "config.json", "model.safetensors", "density.pkl", "preprocessor_config.json",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
+TABLE_SUFFIXES = (".csv", ".parquet")
+
+
+class Attributor:
+    """
+    A checkpoint, loaded once, that attributes files.
+
+    Args:
+        model (`str`): Checkpoint folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+    """
+
+    def __init__(self, model: str, revision: str | None = None):
+        hub = {"revision": revision or "main"}
+        self.network = ProtoLeakForImageAttribution.from_pretrained(model, **hub).eval()
+        self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
+        self.name, self.revision = str(model), revision
+        self.network.to(PartialState().device)
+        self.weights = weight_digests(model, **hub)
+        self.facts = {
+            "model": self.name,
+            "revision": revision,
+            "model_sha256": hashlib.sha256(json.dumps(self.weights).encode()).hexdigest(),
+            "noise_seed": self.network.config.noise_seed,
+            "timesteps": self.network.config.timesteps,
+        }
+
+    @property
+    def is_main_process(self) -> bool:
+        return PartialState().is_main_process
+
+    def read(self, file: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+        """What is known of a file before the model sees it, and its pixel values, or `None` and an error."""
+        row = {"file": str(file), "sha256": None, "width": None, "height": None, "provenance": None}
+        row |= {**self.facts, "error": None}
+        try:
+            content = file.read_bytes()
+            row["sha256"] = hashlib.sha256(content).hexdigest()
+            image = open_image(content, self.processor.max_pixels, name=str(file))
+            row["width"], row["height"] = image.size
+            row["provenance"] = read_provenance(content, self.processor.max_pixels)
+            return row, self.processor.pixel_values(image)
+        except (OSError, ValueError, MemoryError) as error:
+            row["error"] = str(error) or type(error).__name__
+            return row, None
+
+    @torch.inference_mode()
+    def records(
+        self, files: Iterable[Path], batch_size: int = 16, workers: int = 2
+    ) -> Iterator[dict[str, Any]]:
+        """
+        The record of each file, in order: `attribution_record`'s keys and
+
+        - file, sha256, width, height;
+        - provenance: what the file says of itself, see `provenance_protoleak.py`;
+        - model, revision, model_sha256 (of the digests of its files), noise_seed, timesteps;
+        - error: `None`, or why the file could not be read; the other values are `None` then.
+
+        Args:
+            files: Images.
+            batch_size (`int`): Images that go through the model together.
+            workers (`int`): Threads that read and decode.
+        """
+        read = prefetched(self.read, files, workers, ahead=2 * batch_size)
+        while batch := list(islice(read, batch_size)):
+            pixels = [values for _, values in batch if values is not None]
+            made: Iterator[dict[str, Any]] = iter(())
+            if pixels:
+                output = self.network(torch.from_numpy(np.stack(pixels)).to(self.network.device))
+                made = iter(records_of(output, self.network.config))
+            for row, values in batch:
+                yield (dict.fromkeys(RECORD_FIELDS) if values is None else next(made)) | row
+
+
+def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
+    """`map(function, items)` by threads, at most `ahead` results in advance of what was taken."""
+    items = iter(items)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = deque(pool.submit(function, item) for item in islice(items, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def weight_digests(model: str, **hub) -> dict[str, str]:
+    """sha256 of every file of a checkpoint that verdicts depend on, by its name."""
+    digests = {}
+    for name in WEIGHT_FILES:
+        path = Path(model, name)
+        if not Path(model).is_dir():
+            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is not None and Path(path).is_file():
+            digests[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return digests
+
+
+# --- a run that can be stopped ------------------------------------------------------------------------------
+
+
+def scan(
+    attributor: Attributor,
+    paths: list[str],
+    output: str | os.PathLike | None = None,
+    resume: bool = False,
+    batch_size: int = 16,
+    workers: int = 2,
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None,
+    quiet: bool = False,
+) -> dict[str, int]:
+    """
+    Attribute files and folders; with `output` a JSON line a file is written as soon as it is known.
+
+    Args:
+        attributor ([`Attributor`]): What attributes them.
+        paths (`list[str]`): Files, and folders, which are searched recursively.
+        output: JSON lines.
+        resume (`bool`): Go on in an `output` that exists: files whose content (sha256) has a record there,
+            by this very model, are passed over; those with an error are tried again.
+        on_record (`Callable`): Called with each record of this process.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        `found`, `done` before, `written` and `failed`, over all processes.
+
+    Raises:
+        FileExistsError: `output` exists and `resume` is false.
+        ValueError: what is there was not written by this model.
+    """
+    state = PartialState()
+    files = find_images(paths)
+    target = Path(output) if output else None
+    if target and state.is_main_process:
+        _prepare(target, resume, attributor.facts)
+    state.wait_for_everyone()
+    done = _done(target) if target and resume else set()
+    mine = list(enumerate(files))[state.process_index :: state.num_processes]
+    own = target if target is None or state.num_processes == 1 else _part(target, state.process_index)
+    counts = {"found": len(files), "done": 0, "written": 0, "failed": 0}
+    bar = tqdm(total=len(mine), unit="image", disable=quiet or not state.is_main_process or not os.isatty(2))
+
+    def pending() -> Iterator[Path]:
+        for _, file in mine:
+            if done and _digest(file) in done:
+                counts["done"] += 1
+                bar.update()
+            else:
+                yield file
+
+    stream = own.open("a", encoding="utf-8") if own else None
+    try:
+        for record in attributor.records(pending(), batch_size, workers):
+            if stream:
+                stream.write(json.dumps(record) + "\n")
+                stream.flush()
+            counts["written"] += 1
+            counts["failed"] += record["error"] is not None
+            on_record(record)
+            bar.update()
+    finally:
+        bar.close()
+        if stream:
+            stream.close()
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        counts = _sum_over_processes(counts, state) | {"found": len(files)}
+        if target and state.is_main_process:
+            _join(target, [str(file) for file in files])
+    return counts
+
+
+def _prepare(target: Path, resume: bool, facts: dict[str, Any]) -> None:
+    """Refuse to overwrite; keep what a stopped run left, up to its last whole line, of all processes."""
+    parts = sorted(target.parent.glob(f"{target.name}.part*"))
+    if not resume and (target.exists() or parts):
+        raise FileExistsError(f"{target} exists; pass --resume to go on in it, or name another file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        return
+    records = [record for path in [target, *parts] if path.exists() for record in read_records(path)]
+    for record in records:
+        if record.get("model_sha256") != facts["model_sha256"]:
+            raise ValueError(
+                f"{target} was written by another model ({record.get('model')}); name another file"
+            )
+    _write_lines(target, [record for record in records if record["error"] is None])
+    for part in parts:
+        part.unlink()
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a file of JSON lines, without a last line that was not written to its end."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not a record: {error}") from error
+
+
+def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _done(target: Path) -> set[str]:
+    return {record["sha256"] for record in read_records(target)}
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None  # the record will tell
+
+
+def _part(target: Path, process: int) -> Path:
+    return target.with_name(f"{target.name}.part{process}")
+
+
+def _sum_over_processes(counts: dict[str, int], state: PartialState) -> dict[str, int]:
+    total = torch.tensor(list(counts.values()), device=state.device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(counts, total.tolist(), strict=True))
+
+
+def _join(target: Path, order: list[str]) -> None:
+    """The parts of all processes after what was there before, in the order of the files."""
+    parts = sorted(target.parent.glob(f"{target.name}.part*"))
+    place = {file: i for i, file in enumerate(order)}
+    before = list(read_records(target)) if target.exists() else []
+    new = [record for part in parts for record in read_records(part)]
+    _write_lines(target, before + sorted(new, key=lambda record: place[record["file"]]))
+    for part in parts:
+        part.unlink()
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def write_table(records: Iterable[dict[str, Any]], path: str | os.PathLike) -> None:
+    """
+    Records as a table, CSV or Parquet by the suffix, a row a file: every probability in a column of its own,
+    prediction set and provenance as text. Text that a spreadsheet would run as a formula begins with a quote
+    in CSV.
+    """
+    path = Path(path)
+    if path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(f"a table is {' or '.join(TABLE_SUFFIXES)}, by its suffix; got {path}")
+    rows = [_flat(record) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def write_csv(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, [_inert(name) for name in columns])
+            writer.writeheader()
+            writer.writerows({_inert(name): _inert(value) for name, value in row.items()} for row in rows)
+
+    from datasets import Dataset
+
+    table = Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+    write_whole(path, write_csv if path.suffix == ".csv" else table.to_parquet)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    row = {name: value for name, value in record.items() if not isinstance(value, dict | list)}
+    row["prediction_set"] = " or ".join(record["prediction_set"] or [])
+    row["provenance"] = json.dumps(record["provenance"])
+    row["timesteps"] = " ".join(map(str, record["timesteps"]))
+    return row | {f"p({a['label']})": a["score"] for a in record["attributions"] or []}
+
+
+def _inert(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula (OWASP, CSV injection)."""
+    risky = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if risky else value
+
+
+__all__ = ["Attributor", "scan", "write_table"]

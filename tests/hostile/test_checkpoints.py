@@ -1,0 +1,235 @@
+"""Checkpoints from a stranger: nothing in them runs, and what is wrong is told."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from protoleak import KnownDensity, ProtoLeakConfig
+from protoleak.cli_protoleak import main
+from protoleak.modeling_protoleak import load_vae
+from safetensors.torch import load_file, save_file
+
+# What pickles have been made to run, by the lists of picklescan, fickling and their advisories: module, name,
+# and an argument that would leave a trace.
+CALLABLES = [
+    ("os", "system"), ("posix", "system"), ("os", "popen"), ("os", "mkdir"), ("os", "remove"),
+    ("os", "execv"), ("subprocess", "Popen"), ("subprocess", "call"), ("subprocess", "check_output"),
+    ("subprocess", "getoutput"),
+    ("builtins", "eval"), ("builtins", "exec"), ("builtins", "open"), ("builtins", "__import__"),
+    ("builtins", "compile"), ("builtins", "getattr"), ("builtins", "breakpoint"), ("runpy", "run_path"),
+    ("runpy", "_run_code"), ("importlib", "import_module"), ("imp", "load_source"), ("code", "interact"),
+    ("pdb", "run"), ("bdb", "Bdb.run"), ("cProfile", "run"), ("profile", "run"), ("trace", "Trace.run"),
+    ("timeit", "timeit"), ("doctest", "debug_script"), ("pty", "spawn"), ("socket", "create_connection"),
+    ("urllib.request", "urlopen"), ("webbrowser", "open"), ("shutil", "rmtree"), ("shutil", "copyfile"),
+    ("tempfile", "mktemp"), ("ctypes", "CDLL"), ("asyncio.unix_events", "_UnixSubprocessTransport._start"),
+    ("pickle", "loads"), ("_pickle", "loads"), ("marshal", "loads"), ("types", "FunctionType"),
+    ("types", "CodeType"), ("operator", "attrgetter"), ("operator", "methodcaller"), ("functools", "partial"),
+    ("functools", "reduce"), ("logging.config", "listen"), ("lib2to3.pgen2.grammar", "Grammar.loadm"),
+    ("idlelib.autocomplete", "AutoComplete.get_entity"), ("ensurepip", "_run_pip"), ("venv", "create"),
+    ("pip", "main"), ("numpy.testing._private.utils", "runstring"), ("numpy.f2py.crackfortran", "getlincoef"),
+    ("torch", "load"), ("torch.hub", "load"), ("torch.utils._config_module", "load_config"),
+    ("torch.jit.unsupported_tensor_ops", "execWrapper"), ("torch.utils.bottleneck.__main__", "run_cprofile"),
+    ("numpy.core.multiarray", "_reconstruct"), ("copyreg", "_reconstructor"), ("builtins", "object"),
+]  # fmt: skip
+
+
+def as_reduce(module: str, name: str, argument: str) -> bytes:
+    """GLOBAL, then REDUCE: as protocol 0 writes it."""
+    return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+
+
+def as_stack_global(module: str, name: str, argument: str) -> bytes:
+    def text(value: str) -> bytes:
+        content = value.encode()
+        return b"\x8c" + bytes([len(content)]) + content
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
+
+
+def as_inst(module: str, name: str, argument: str) -> bytes:
+    return f"(V{argument}\ni{module}\n{name}\n.".encode()
+
+
+def as_object(module: str, name: str, argument: str) -> bytes:
+    return f"(c{module}\n{name}\nV{argument}\no.".encode()
+
+
+def as_new_object(module: str, name: str, argument: str) -> bytes:
+    return b"\x80\x02" + f"c{module}\n{name}\n(V{argument}\nt".encode() + b"\x81."
+
+
+def hidden_in_a_density(module: str, name: str, argument: str) -> bytes:
+    """Where a reader expects the version: a dict that is whole but for one call."""
+    return f"(dVversion\nc{module}\n{name}\n(V{argument}\ntRs.".encode()
+
+
+WAYS = [as_reduce, as_stack_global, as_inst, as_object, as_new_object, hidden_in_a_density]
+
+
+def test_no_known_attack_runs(tmp_path, capsys):
+    victim, path = tmp_path / "victim", tmp_path / "density.pkl"
+    attacks = [(way, module, name) for way in WAYS for module, name in CALLABLES]
+    for way, module, name in attacks:
+        path.write_bytes(way(module, name, str(victim)))
+        with pytest.raises(ValueError, match=r"density\.pkl was refused") as caught:
+            KnownDensity.load(path)
+        assert f"{module}.{name}" in str(caught.value), f"{way.__name__} {module}.{name}: {caught.value}"
+        assert not victim.exists()
+    with capsys.disabled():
+        kinds = f"{len(CALLABLES)} callables in {len(WAYS)} ways"
+        print(f"\n{len(attacks)} malicious pickles ({kinds}): all refused, none ran")
+
+
+def test_the_attacks_are_real(tmp_path):
+    """The same bytes do run in Python's own reader, so that the test above can fail."""
+    for way in (as_reduce, as_stack_global, as_inst, as_object, hidden_in_a_density):
+        victim = tmp_path / way.__name__
+        pickle.loads(way("os", "mkdir", str(victim)))
+        assert victim.is_dir()
+
+
+def test_growing_pickles_end(tmp_path):
+    """Memo tricks that double a value with every few bytes, and lengths that lie."""
+    path = tmp_path / "density.pkl"
+    doubling = b"\x80\x04]\x94" + b"(h\x00h\x00e" * 5 + b"."
+    lies = [b"\x80\x04\x8e" + struct.pack("<Q", 2**62), b"\x80\x04\x8b" + struct.pack("<i", 2**31 - 1) + b"1"]
+    deep = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    for content in (doubling, *lies, deep, b"\x80\x04K\x01" * 10_000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="refused"):
+            KnownDensity.load(path)
+
+
+@settings(max_examples=300, deadline=2000, derandomize=True)
+@given(content=st.binary(max_size=300))
+def test_any_bytes_are_refused_in_bounded_time(content):
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"fuzz-{os.getpid()}.pkl"
+    path.write_bytes(b"\x80\x04" + content)
+    try:
+        with pytest.raises(ValueError, match="refused"):
+            KnownDensity.load(path)
+    finally:
+        path.unlink()
+
+
+@settings(max_examples=120, deadline=5000, derandomize=True)
+@given(places=st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=5))
+def test_a_damaged_density_is_refused_or_whole(saved_density, places):
+    """Bytes changed anywhere in a real file: a clear error, or an object of the right shapes."""
+    content = bytearray(saved_density.read_bytes())
+    for place, value in places:
+        content[place % len(content)] = value
+    path = saved_density.with_name("damaged.pkl")
+    path.write_bytes(bytes(content))
+    try:
+        density = KnownDensity.load(path)
+    except ValueError as refusal:
+        message = str(refusal)
+    else:
+        message = "" if density.train_["embeddings"].ndim == 2 else "of wrong shape"
+    assert not message or "refused" in message
+
+
+@pytest.fixture(scope="module")
+def saved_density(tmp_path_factory):
+    from ..conftest import fit_random_density, tiny_model
+
+    model = tiny_model()
+    fit_random_density(model)
+    path = tmp_path_factory.mktemp("density") / "density.pkl"
+    model.density.save(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path):
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def refused(checkpoint: Path, capsys) -> str:
+    """What the command says of a checkpoint that it does not take; it must not be a traceback."""
+    image = checkpoint / "image.png"
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(image)
+    assert main(["attribute", str(image), "--model", str(checkpoint)]) == 2
+    return capsys.readouterr().err
+
+
+def test_truncated_and_corrupt_weights_are_named(checkpoint, capsys):
+    path = checkpoint / "model.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"\xff" * 100, bytes(8) + content[8:]):
+        path.write_bytes(damaged)
+        assert "model.safetensors" in refused(checkpoint, capsys)
+
+
+def test_weights_of_nan_or_another_shape_are_refused(checkpoint, capsys):
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if n.endswith("projection.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, path, {"format": "pt"})
+    assert "NaN" in refused(checkpoint, capsys)
+    save_file(weights | {name: weights[name][:, :3].contiguous()}, path, {"format": "pt"})
+    assert "don't fit" in refused(checkpoint, capsys)
+
+
+def test_a_density_of_nan_is_refused(checkpoint, fitted_model, capsys):
+    fitted_model.density.train_["embeddings"][0] = float("nan")
+    fitted_model.density.save(checkpoint / "density.pkl")
+    assert "NaN" in refused(checkpoint, capsys)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("timesteps", [0, 99999]), ("timesteps", []), ("alpha", 0), ("alpha", "0.05"), ("embedding_size", -1),
+        ("num_prototypes", 10**9), ("latent_channels", 0), ("noise_seed", -1), ("time_dropout", 2),
+        ("pooling", "os.system"), ("scorer", "../../x"), ("open_set_score", None), ("beta_end", 7),
+        ("embedding_size", 10**12),
+    ],
+)  # fmt: skip
+def test_config_fields_out_of_range_are_named(checkpoint, capsys, field, value):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert field in refused(checkpoint, capsys)
+
+
+def test_a_config_that_is_no_json_is_named(checkpoint, capsys):
+    (checkpoint / "config.json").write_text("{")
+    assert "config.json" in refused(checkpoint, capsys)
+
+
+def test_a_vae_folder_with_a_pickle_is_not_unpickled(checkpoint, capsys, tmp_path):
+    """diffusers falls back to a .bin file; torch reads it with weights_only, which refuses the call."""
+    victim = tmp_path / "victim"
+    (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (checkpoint / "vae" / "diffusion_pytorch_model.bin").write_bytes(as_reduce("os", "mkdir", str(victim)))
+    with pytest.raises(OSError, match="can't be loaded"):
+        load_vae(checkpoint, ProtoLeakConfig.from_pretrained(checkpoint))
+    assert not victim.exists()
+
+
+def test_the_array_of_a_density_can_hold_no_objects(checkpoint):
+    content = pickle.loads((checkpoint / "density.pkl").read_bytes())
+    for dtype in ("|O", "O", "V8", "no dtype", "<U4"):
+        content["density"]["state"]["calibration_"]["dtype"] = dtype
+        (checkpoint / "density.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="refused"):
+            KnownDensity.load(checkpoint / "density.pkl")
+
+
+def test_a_density_sets_no_private_attribute(checkpoint):
+    for name in ("__class__", "__dict__", "_score", "a b", ""):
+        content = pickle.loads((checkpoint / "density.pkl").read_bytes())
+        content["density"]["state"][name] = 1
+        (checkpoint / "attack.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="refused"):
+            KnownDensity.load(checkpoint / "attack.pkl")

@@ -1,0 +1,178 @@
+"""A corpus of images as a hostile world has them: each gives a record, with a verdict or a clear error."""
+
+import contextlib
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from protoleak.image_processing_protoleak import find_images, open_image
+from protoleak.provenance_protoleak import read_provenance
+from protoleak.scan_protoleak import Attributor, scan
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_of(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG file whose header says what it likes."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def noise(*shape: int, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+
+
+def corpus() -> dict[str, tuple[bytes, bool]]:
+    """File name to content, and whether it is an image after all."""
+    photo = Image.fromarray(noise(40, 48, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "A" * 4000
+    transparent = Image.new("P", (40, 40), 3)
+    transparent.info["transparency"] = 3
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    frames = [Image.fromarray(noise(40, 40, 3)) for _ in range(3)]
+    good = {
+        "plain.png": encoded(photo),
+        "wrong_suffix.jpg": encoded(photo),
+        "one_pixel.png": encoded(Image.new("RGB", (1, 1))),
+        "long.png": encoded(Image.new("RGB", (20000, 1), "red")),
+        "tall.png": encoded(Image.new("L", (1, 20000))),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "animated.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "animated.png": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "sixteen_bits.png": encoded(Image.fromarray(noise(40, 48, dtype=np.uint16))),
+        "thirty_two_bits.tif": encoded(Image.fromarray(noise(40, 48).astype(np.float32) / 255), "TIFF"),
+        "cmyk.jpg": encoded(photo.convert("CMYK"), "JPEG"),
+        "lab.tif": encoded(photo.convert("LAB"), "TIFF"),
+        "palette.png": encoded(transparent, transparency=3),
+        "grey_alpha.png": encoded(photo.convert("LA")),
+        "one_bit.png": encoded(photo.convert("1")),
+        "exif.jpg": encoded(photo, "JPEG", exif=exif),
+        "broken_exif.jpg": encoded(photo, "JPEG", exif=b"Exif\x00\x00MM\x00*" + b"\xff" * 60),
+        "broken_icc.jpg": encoded(photo, "JPEG", icc_profile=b"\xff" * 200),
+        "icc.jpg": encoded(photo, "JPEG", icc_profile=profile),
+        "trailing_bytes.png": encoded(photo) + b"<script>alert(1)</script>" * 100,
+        "=cmd|' ' !A0.png": encoded(photo),
+        "<img src=x onerror=alert(1)>.png": encoded(photo),
+        "new\nline.png": encoded(photo),
+    }
+    bad = {
+        "empty.png": b"",
+        "zeros.png": bytes(1000),
+        "html.png": b"<!doctype html><script>alert(1)</script>",
+        "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "bomb.png": png_of(60000, 60000),
+        "huge_bomb.png": png_of(2**31 - 1, 2**31 - 1),
+        "no_pixels.png": png_of(0, 0),
+        "lies_about_size.png": png_of(40, 40, b"\x00" * 10),
+        "only_magic.png": b"\x89PNG\r\n\x1a\n",
+        "eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(id) system\n",
+        "pdf.jpg": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+        "executable.gif": b"MZ" + bytes(500),
+    }
+    for format in FORMATS:
+        content = encoded(photo, format)
+        bad[f"truncated_header.{format.lower()}"] = content[:7]
+        if format not in ("GIF", "BMP", "TIFF", "PPM"):
+            bad[f"truncated.{format.lower()}"] = content[: len(content) // 2]
+    return {name: (c, True) for name, c in good.items()} | {name: (c, False) for name, c in bad.items()}
+
+
+@pytest.fixture
+def attributor(fitted_model, processor, tmp_path):
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return Attributor(str(tmp_path / "checkpoint"))
+
+
+def test_every_file_of_the_corpus_has_its_record(attributor, tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = corpus()
+    for name, (content, _) in files.items():
+        (folder / name).write_bytes(content)
+    output = tmp_path / "records.jsonl"
+    counts = scan(attributor, [str(folder)], output, batch_size=8)
+    records = {r["file"].split("/")[-1]: r for r in map(json.loads, output.read_text().splitlines())}
+    assert set(records) == set(files)
+    for name, (_, is_image) in files.items():
+        error = records[name]["error"]
+        assert (error is None) == is_image, f"{name}: {error}"
+        assert is_image or (error and "\n" not in error.replace(repr(name), ""))
+        assert is_image or records[name]["label"] is None
+    failed = sum(not is_image for _, is_image in files.values())
+    assert counts == {"found": len(files), "done": 0, "written": len(files), "failed": failed}
+    with capsys.disabled():
+        print(
+            f"\n{len(files)} hostile files: {len(files) - failed} verdicts, {failed} clear errors, no crash"
+        )
+
+
+def test_loops_of_links_and_unreadable_things_end(attributor, tmp_path):
+    folder = tmp_path / "loop"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "inside" / "again").symlink_to(folder)
+    (folder / "self.png").symlink_to(folder / "self.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "folder.png").mkdir()
+    (folder / "inside" / "a.png").write_bytes(encoded(Image.fromarray(noise(40, 40, 3))))
+    files = find_images([folder])
+    assert sorted(f.name for f in files) == ["a.png", "gone.png", "self.png"]
+    records = list(attributor.records(files))
+    assert [r["error"] is None for r in records] == [f.name == "a.png" for f in files]
+
+
+def test_pixels_are_capped_before_they_are_decoded():
+    with pytest.raises(ValueError, match="max_pixels = 100"):
+        open_image(png_of(11, 10), max_pixels=100)
+    for content in (png_of(60000, 60000), png_of(2**31 - 1, 2**31 - 1)):
+        with pytest.raises(ValueError, match="pixels"):
+            read_provenance(content)
+
+
+@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(data=st.data())
+def test_damaged_files_never_crash_the_loader(data):
+    """Bytes of real files overwritten, cut and added: an image or one of two errors, in bounded time."""
+    format = data.draw(st.sampled_from(FORMATS))
+    content = bytearray(encoded(Image.fromarray(noise(24, 24, 3)), format))
+    for _ in range(data.draw(st.integers(1, 8))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        patch = data.draw(st.binary(min_size=1, max_size=8))
+        kind = data.draw(st.sampled_from(("overwrite", "insert", "cut")))
+        if kind == "overwrite":
+            content[place : place + len(patch)] = patch
+        elif kind == "insert":
+            content[place:place] = patch
+        elif len(content) > 20:
+            del content[place : place + len(patch)]
+    for read in (lambda c: open_image(c, max_pixels=10**6), lambda c: read_provenance(c, 10**6)):
+        with contextlib.suppress(OSError, ValueError):
+            read(bytes(content))
+
+
+@settings(max_examples=150, deadline=2000, derandomize=True)
+@given(content=st.binary(max_size=400))
+def test_any_bytes_are_an_image_or_an_error(content):
+    with contextlib.suppress(OSError, ValueError):
+        open_image(content, max_pixels=10**6)

@@ -1,0 +1,286 @@
+"""Reasons, provenance, report and figures."""
+
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from protoleak import ImageAttributionPipeline
+from protoleak.cli_protoleak import main
+from protoleak.image_processing_protoleak import thumbnail
+from protoleak.plots_protoleak import EmbeddingMap, draw_confusion, draw_reliability, draw_roc, save_figures
+from protoleak.provenance_protoleak import read_provenance, summarise_provenance
+from protoleak.report_protoleak import Examiner, render, verdict_in_words, write_report
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 80, 100, 3), dtype=np.uint8)
+    fitted_model.keep_thumbnails(lambda i: Image.fromarray(pictures[i]))
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def image(photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+# --- reasons ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [(), (3,)])
+def test_contributions_add_up_to_the_difference_of_the_logits(fitted_model, views):
+    fitted_model.density.temperatures_["prototype"] = 1.7
+    pixel_values = torch.rand(5, *views, 3, 32, 32) * 2 - 1
+    output = fitted_model(pixel_values)
+    for reason, logits in zip(fitted_model.explain(output), output.logits, strict=True):
+        parts = reason["contributions"]
+        first, second = (fitted_model.config.label2id[parts[name]] for name in ("first", "second"))
+        assert logits.argsort(descending=True)[:2].tolist() == [first, second]
+        assert parts["difference"] == pytest.approx((logits[first] - logits[second]).item(), abs=1e-5)
+        assert sum(parts["dimensions"]) + parts["sharing"] == pytest.approx(parts["difference"], abs=1e-3)
+        assert len(parts["dimensions"]) == fitted_model.config.embedding_size
+        assert sum(step["weight"] for step in reason["timesteps"]) == pytest.approx(1)
+        json.dumps(reason)
+
+
+def test_a_dimension_that_does_not_count_contributes_nothing(fitted_model):
+    output = fitted_model(torch.rand(1, 3, 32, 32))
+    output.gates[:, 3] = 0
+    output.logits = fitted_model.head(output.embeddings, output.gates)
+    assert fitted_model.explain(output)[0]["contributions"]["dimensions"][3] == 0
+
+
+def test_nearest_prototypes_and_their_examples_are_the_nearest(fitted_model):
+    output = fitted_model(torch.rand(1, 3, 32, 32))
+    head, known = fitted_model.head, fitted_model.density.train_
+    distances = head.distances(output.embeddings, output.gates)[0]
+    told = fitted_model.explain(output, num_prototypes=4)[0]["prototypes"]
+    assert [row["distance"] for row in told] == distances.flatten().sort().values[:4].tolist()
+    k, m = fitted_model.config.label2id[told[0]["label"]], told[0]["prototype"]
+    assert distances[k, m] == distances.min()
+    by_image = (known["gates"] * (known["embeddings"] - head.prototypes[k, m]).square()).sum(dim=1)
+    assert [row["index"] for row in told[0]["examples"]] == by_image.argsort()[:3].tolist()
+
+
+def test_the_place_in_the_density_is_that_of_the_verdict(fitted_model):
+    output = fitted_model(torch.rand(40, 3, 32, 32) * 2 - 1)
+    calibration = output.log_density.sort().values[5:].clone()
+    fitted_model.density.calibration_ = calibration
+    output = fitted_model(torch.rand(40, 3, 32, 32) * 2 - 1)
+    for alpha in (0.01, 0.05, 0.2, 0.99):
+        threshold = fitted_model.density.threshold(alpha)
+        p_values = fitted_model.density.p_value(output.log_density.numpy())
+        np.testing.assert_array_equal(output.log_density.numpy() < threshold, p_values <= alpha)
+    assert fitted_model.density.threshold(0.01) == -math.inf
+    place = fitted_model.explain(output)[0]["density"]
+    assert place["rank"] == pytest.approx(float((calibration < output.log_density[0]).double().mean()))
+
+
+def test_other_scorers_have_no_contributions(fitted_model):
+    fitted_model.config.scorer = "llr"
+    assert fitted_model.explain(fitted_model(torch.rand(1, 3, 32, 32)))[0]["contributions"] is None
+
+
+def test_the_pipeline_explains_and_counts_agreement(fitted_model, processor, photo):
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    plain, (told, _) = attribute(photo), attribute([photo, photo], explain=True, batch_size=2)
+    assert "explanation" not in plain
+    assert told["label"] == plain["label"]
+    assert told["p_value"] == pytest.approx(plain["p_value"])
+    stability = told["explanation"]["stability"]
+    treated = [attribute(other)["label"] for other in processor.reencoded(photo)]
+    assert [verdict["label"] for verdict in stability["verdicts"]] == treated
+    assert (stability["agreeing"], stability["count"]) == (treated.count(told["label"]), 4)
+
+
+def test_thumbnails_are_kept_with_the_checkpoint_within_their_room(fitted_model, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    size = len(thumbnail(picture))
+    fitted_model.keep_thumbnails(lambda i: picture, max_bytes=3 * size)
+    assert len(fitted_model.density.thumbnails_) == 3
+    fitted_model.save_pretrained(tmp_path)
+    loaded = type(fitted_model).from_pretrained(tmp_path)
+    assert loaded.density.thumbnails_ == fitted_model.density.thumbnails_
+
+
+# --- what a file says of itself -----------------------------------------------------------------------------
+
+
+def test_texts_of_generators_and_software_tags_are_told(photo, tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a")
+    texts.add_itxt("workflow", '{"nodes": []}')
+    texts.add_text("unrelated", "not told")
+    exif = Image.Exif()
+    exif[0x0131] = "Some Editor 1.0"
+    photo.save(tmp_path / "a.png", pnginfo=texts, exif=exif)
+    claims = read_provenance(tmp_path / "a.png")
+    assert claims["text"] == {"parameters": "a cat Steps: 20, Sampler: Euler a", "workflow": '{"nodes": []}'}
+    assert claims["exif"] == {"Software": "Some Editor 1.0"}
+    assert claims["c2pa"] is None
+    assert "EXIF Software: Some Editor 1.0" in summarise_provenance(claims)
+
+
+def test_xmp_is_read_without_a_parser(photo, tmp_path):
+    packet = b"""<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>
+    <x:xmpmeta><rdf:Description xmp:CreatorTool="Adobe Firefly">
+    <Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/trainedAlgorithmicMedia</Iptc4xmpExt:DigitalSourceType>
+    <xmp:Credit>&e;</xmp:Credit></rdf:Description></x:xmpmeta>"""
+    photo.save(tmp_path / "a.jpg", xmp=packet)
+    xmp = read_provenance(tmp_path / "a.jpg")["xmp"]
+    assert xmp["CreatorTool"] == "Adobe Firefly"
+    assert xmp["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert xmp["Credit"] == "&e;"
+
+
+def test_a_claim_outside_a_container_is_not_read(photo, tmp_path):
+    photo.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    claims = read_provenance(content + b"parameters: a cat, Software: Midjourney")
+    assert claims["text"] == claims["exif"] == claims["xmp"] == {}
+    with pytest.raises(OSError, match="not an image"):
+        read_provenance(b"parameters: a cat")
+
+
+def make_certificate(folder) -> tuple[bytes, bytes]:
+    """Private key and certificate chain as c2pa asks for them, by openssl."""
+    (folder / "ee.cnf").write_text(
+        "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
+        "extendedKeyUsage=critical,emailProtection\nauthorityKeyIdentifier=keyid\n"
+    )
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/O=Test CA/CN=ca")
+    openssl("req", *curve, "-keyout", "ee.key", "-out", "ee.csr", "-subj", "/O=Test Signer/CN=signer")
+    openssl(
+        "x509", "-req", "-in", "ee.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-out",
+        "ee.pem", "-extfile", "ee.cnf", "-days", "30",
+    )  # fmt: skip
+    openssl("pkcs8", "-topk8", "-nocrypt", "-in", "ee.key", "-out", "ee.pk8")
+    return (folder / "ee.pk8").read_bytes(), (folder / "ee.pem").read_bytes() + (
+        folder / "ca.pem"
+    ).read_bytes()
+
+
+def test_a_c2pa_manifest_is_told_and_a_broken_one_does_no_harm(photo, tmp_path):
+    c2pa = pytest.importorskip("c2pa")
+    photo.resize((200, 200)).save(tmp_path / "plain.jpg")
+    key, chain = make_certificate(tmp_path)
+    signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo("es256", chain, key, None))
+    source_type = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    action = {"action": "c2pa.created", "digitalSourceType": source_type}
+    manifest = {
+        "claim_generator_info": [{"name": "A Generator", "version": "1"}],
+        "title": "made",
+        "assertions": [{"label": "c2pa.actions", "data": {"actions": [action]}}],
+    }
+    builder = c2pa.Builder(json.dumps(manifest))
+    builder.sign_file(str(tmp_path / "plain.jpg"), str(tmp_path / "signed.jpg"), signer)
+    claims = read_provenance(tmp_path / "signed.jpg")["c2pa"]
+    assert "A Generator" in claims["claim_generator"]
+    assert claims["issuer"] == "Test Signer"
+    assert "trainedAlgorithmicMedia" in claims["actions"]
+    content = bytearray((tmp_path / "signed.jpg").read_bytes())
+    place = content.index(b"trainedAlgorithmicMedia")
+    content[place : place + 7] = b"xxxxxxx"
+    damaged = read_provenance(bytes(content))["c2pa"]
+    assert "note" in damaged or damaged["state"] == "Invalid"
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_path):
+    (checkpoint / "metrics.json").write_text(
+        json.dumps({"dataset": "zoo", "figures": {"macro_auc": 0.5}, "intervals": {"macro_auc": [0.4, 0.6]}})
+    )
+    output = tmp_path / "report.json"
+    command = ["report", str(image), "--model", str(checkpoint), "--output", str(output), "--format", "json"]
+    assert main(command) == 0
+    report = json.loads(output.read_text())
+    about, (record,) = report["about"], report["records"]
+    assert set(about["files"]) == {
+        "config.json", "model.safetensors", "density.pkl", "preprocessor_config.json", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    assert about["classes"] == ["real", "a", "b"]
+    assert about["error_rates"][0] == {"name": "Macro AUC, closed set", "value": 0.5, "interval": [0.4, 0.6]}
+    assert {"torch", "transformers", "protoleak", "python"} <= set(about["versions"])
+    assert record["explanation"]["stability"]["count"] == 4
+    assert len(record["sha256"]) == 64
+
+
+def test_the_page_is_one_file_that_fetches_and_runs_nothing(checkpoint, image, tmp_path):
+    examiner = Examiner(str(checkpoint))
+    path = write_report(examiner, [examiner.examine(image)], tmp_path / "report.html")
+    page = path.read_text()
+    assert "default-src 'none'" in page
+    assert "<script" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count("data:image/svg+xml") == 4
+    assert page.count("data:image/jpeg") > 0  # the training images nearest to the prototypes
+
+
+def test_text_from_files_and_labels_is_escaped(checkpoint, photo, tmp_path):
+    attack = "<script>alert(1)</script>"
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", attack)
+    path = tmp_path / "<img src=x onerror=alert(1)>.png"
+    photo.save(path, pnginfo=texts)
+    examiner = Examiner(str(checkpoint))
+    network = examiner.network
+    network.config.id2label = {0: attack, 1: "a", 2: "b"}
+    network.config.label2id = {attack: 0, "a": 1, "b": 2}
+    (tmp_path / "bad<b>.png").write_text("no image")
+    page = render(examiner, [examiner.examine(path), examiner.examine(tmp_path / "bad<b>.png")])
+    assert attack not in page
+    assert "<img src=x" not in page
+    assert "bad<b>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_verdict_in_words():
+    record = {"error": None, "is_unknown": False, "prediction_set": ["real"], "label": "real"}
+    assert verdict_in_words(record).startswith("Known: a camera")
+    assert "a, b or c" in verdict_in_words(record | {"prediction_set": ["a", "b", "c"]})
+    assert verdict_in_words(record | {"is_unknown": True, "prediction_set": []}).startswith("Unknown")
+    assert "truncated" in verdict_in_words(record | {"error": "truncated"})
+
+
+def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    assert main(["explain", str(tmp_path / "bad.png"), str(image), "--model", str(checkpoint)]) == 1
+    printed = capsys.readouterr().out
+    for words in ("could not be examined", "attention over timesteps", "re-encodings", "open-set score"):
+        assert words in printed
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn(fitted_model, tmp_path):
+    report = {"labels": ["real", "a", "b"], "confusion": [[3, 0, 0, 1], [0, 4, 0, 0], [1, 0, 2, 0]]}
+    rng = np.random.default_rng(0)
+    made = {
+        "embeddings": EmbeddingMap(fitted_model.density).draw(np.zeros(16)),
+        "confusion": draw_confusion(report),
+        "reliability": draw_reliability([{"confidence": 0.9, "accuracy": 0.8, "share": 1.0}]),
+        "roc": draw_roc({"known against unknown": (rng.normal(1, 1, 50), rng.normal(0, 1, 50))}),
+    }
+    for path in save_figures(made, tmp_path / "figures"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(10**6)) > 20  # something is on it
+    with pytest.raises(ValueError, match="'pca' or 'umap'"):
+        EmbeddingMap(fitted_model.density, "tsne")

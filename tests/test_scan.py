@@ -1,0 +1,204 @@
+"""Many files: order, resuming, tables, processes."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+from protoleak import scan_protoleak
+from protoleak.cli_protoleak import main
+from protoleak.scan_protoleak import Attributor, prefetched, read_records, scan, write_table
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path):
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def attributor(checkpoint):
+    return Attributor(str(checkpoint))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eleven different images, and two that are none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(11):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    (folder / "03b.png").write_text("no image")
+    (folder / "07b.png").write_text("no image either")
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(record):
+    return record["log_density"], record["p_value"], {a["label"]: a["score"] for a in record["attributions"]}
+
+
+def assert_same(found, expected):
+    assert [r["file"] for r in found] == [r["file"] for r in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert (a["label"], a["sha256"], a["error"]) == (b["label"], b["sha256"], b["error"])
+        if a["error"] is None:
+            for x, y in zip(numbers(a), numbers(b), strict=True):
+                assert x == pytest.approx(y, abs=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_records(attributor, folder, tmp_path):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "records.jsonl"
+    scan(attributor, [str(folder)], whole)
+    rows = whole.read_text().splitlines(keepends=True)
+    output.write_text("".join(rows[:5]) + rows[5][:40])  # killed while it wrote the sixth
+    counts = scan(attributor, [str(folder)], output, resume=True, batch_size=4)
+    assert counts == {"found": 13, "done": 4, "written": 9, "failed": 2}  # one of the five was an error
+    by_name = lambda records: sorted(records, key=lambda r: r["file"])  # noqa: E731
+    assert_same(by_name(lines(output)), by_name(lines(whole)))
+    again = scan(attributor, [str(folder)], output, resume=True)
+    assert again == {"found": 13, "done": 11, "written": 2, "failed": 2}
+
+
+def test_nothing_is_overwritten_or_mixed(attributor, checkpoint, folder, tmp_path, capsys):
+    output = tmp_path / "records.jsonl"
+    output.write_text("precious\n")
+    with pytest.raises(FileExistsError, match="--resume"):
+        scan(attributor, [str(folder)], output)
+    with pytest.raises(ValueError, match="line 1"):
+        scan(attributor, [str(folder)], output, resume=True)
+    assert output.read_text() == "precious\n"
+    output.unlink()
+    scan(attributor, [str(folder)], output)
+    attributor.facts["model_sha256"] = "of another"
+    with pytest.raises(ValueError, match="another model"):
+        scan(attributor, [str(folder)], output, resume=True)
+    assert main(["attribute", str(folder), "--model", str(checkpoint), "--resume"]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_a_file_moved_or_copied_is_done_and_a_changed_one_is_not(attributor, folder, tmp_path):
+    output = tmp_path / "records.jsonl"
+    scan(attributor, [str(folder)], output)
+    (folder / "00.png").rename(folder / "moved.png")
+    Image.new("RGB", (40, 40), "red").save(folder / "01.png")
+    counts = scan(attributor, [str(folder)], output, resume=True)
+    assert counts == {"found": 13, "done": 10, "written": 3, "failed": 2}
+
+
+def test_records_come_before_all_is_read():
+    """Threads read ahead, but no further than they may."""
+    read, lock = [], threading.Lock()
+
+    def function(i):
+        with lock:
+            read.append(i)
+        return i * i
+
+    results = prefetched(function, range(1000), workers=3, ahead=10)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    time.sleep(0.1)
+    assert len(read) <= 15
+    results.close()
+    assert len(read) <= 15
+
+
+def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
+    """In a process of its own, that is interrupted once its first records are on disk."""
+    output = tmp_path / "records.jsonl"
+    slow = f"""
+import sys, time
+from protoleak import scan_protoleak
+from protoleak.cli_protoleak import main
+read = scan_protoleak.Attributor.read
+scan_protoleak.Attributor.read = lambda self, file: (time.sleep(0.5), read(self, file))[1]
+sys.exit(main(["attribute", {str(folder)!r}, "--model", {str(checkpoint)!r}, "--output", {str(output)!r},
+    "--batch_size", "1", "--workers", "1"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (output.exists() and output.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    done = list(read_records(output))
+    assert 2 <= len(done) < 13
+
+
+def test_tables_have_a_row_a_file_and_no_formula(attributor, folder, tmp_path, monkeypatch):
+    (folder / "00.png").rename(folder / "=HYPERLINK(1).png")
+    monkeypatch.chdir(folder)
+    files = [p.relative_to(folder) for p in sorted(folder.iterdir())]
+    records = list(attributor.records(files))
+    write_table(records, tmp_path / "table.csv")
+    write_table(records, tmp_path / "table.parquet")
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == len(records) == 13
+    assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row.values())
+    assert any(row["file"] == "'=HYPERLINK(1).png" for row in rows)
+    files = {"train": str(tmp_path / "table.parquet")}
+    table = load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache")["train"]
+    assert table["sha256"][:] == [record["sha256"] for record in records]
+    assert table["p(a)"][:] == [None if r["error"] else numbers(r)[2]["a"] for r in records]
+    with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
+        write_table(records, tmp_path / "table.xlsx")
+
+
+def test_two_processes_give_what_one_gives(checkpoint, folder, tmp_path):
+    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    command = ["attribute", str(folder), "--model", str(checkpoint), "--output"]
+    assert main([*command, str(alone)]) == 1  # two files are no images
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = subprocess.run(
+        [*launch, "-m", "protoleak.cli_protoleak", *command, str(shared)], capture_output=True, text=True
+    )
+    assert "2 of 13 files could not be read" in run.stderr, run.stderr
+    assert_same(lines(shared), lines(alone))
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_parts_of_a_killed_run_on_two_processes_are_taken_over(attributor, folder, tmp_path):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "records.jsonl"
+    scan(attributor, [str(folder)], whole)
+    rows = whole.read_text().splitlines(keepends=True)
+    (tmp_path / "records.jsonl.part0").write_text("".join(rows[0:4:2]))
+    (tmp_path / "records.jsonl.part1").write_text("".join(rows[1:3:2]) + rows[3][:10])
+    with pytest.raises(FileExistsError):
+        scan(attributor, [str(folder)], output)
+    counts = scan(attributor, [str(folder)], output, resume=True)
+    assert counts["done"] == 3
+    assert sorted(r["file"] for r in lines(output)) == sorted(r["file"] for r in lines(whole))
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_full_disk_is_told_and_leaves_the_previous_table_whole(attributor, folder, tmp_path, monkeypatch):
+    records = list(attributor.records(sorted(folder.iterdir())[:2]))
+    path = tmp_path / "table.csv"
+    write_table(records, path)
+    before = path.read_bytes()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scan_protoleak.csv, "DictWriter", full)
+    with pytest.raises(OSError, match=r"table\.csv can't be written.*No space left"):
+        write_table(records, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.glob("table*")] == ["table.csv"]
