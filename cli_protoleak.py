@@ -17,6 +17,14 @@ def attribute(arguments: argparse.Namespace) -> int:
 
     if arguments.resume and not arguments.output:
         raise ValueError("--resume goes on in the file that --output names; name it")
+    if bool(arguments.paths) == bool(arguments.dataset):
+        raise ValueError("name either images and folders, or a --dataset")
+    paths = arguments.paths
+    if arguments.dataset:
+        from datasets import load_dataset
+
+        name, split = arguments.dataset, arguments.split
+        paths = load_dataset(name, split=split, streaming=arguments.streaming)
     records = []
 
     def on_record(record: dict[str, Any]) -> None:
@@ -28,7 +36,7 @@ def attribute(arguments: argparse.Namespace) -> int:
     try:
         counts = scan(
             attributor,
-            arguments.paths,
+            paths,
             arguments.output,
             arguments.resume,
             arguments.batch_size,
@@ -44,7 +52,8 @@ def attribute(arguments: argparse.Namespace) -> int:
     if arguments.table:
         write_table(read_records(Path(arguments.output)) if arguments.output else records, arguments.table)
     if not counts["found"]:
-        print(f"no images found in {', '.join(arguments.paths)}", file=sys.stderr)
+        where = arguments.dataset or ", ".join(arguments.paths)
+        print(f"no images found in {where}", file=sys.stderr)
     if counts["done"]:
         print(f"{counts['done']} files were done before", file=sys.stderr)
     if counts["failed"]:
@@ -189,6 +198,21 @@ def robustness(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """`protoleak export`: the network, with the VAE or without, as an ONNX file."""
+    from .export_protoleak import export_onnx
+    from .image_processing_protoleak import ProtoLeakImageProcessor
+    from .modeling_protoleak import ProtoLeakForImageAttribution
+
+    target = Path(arguments.output)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name another file")
+    model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
+    crop_size = ProtoLeakImageProcessor.from_pretrained(arguments.model).crop_size
+    print(f"written to {export_onnx(model, crop_size, target, arguments.part)}")
+    return 0
+
+
 def _load_for_evaluation(arguments: argparse.Namespace):
     """Model, processor, the test split with the model's classes, and unknown images where there are any."""
     from accelerate import Accelerator
@@ -251,7 +275,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("attribute", help="a verdict for each image")
-    command.add_argument("paths", nargs="+", help="image files, and folders, which are searched recursively")
+    command.add_argument("paths", nargs="*", help="image files, and folders, which are searched recursively")
+    command.add_argument("--dataset", help="instead: the images of a data set, Hub id or folder")
+    command.add_argument("--split", default="train", help="of --dataset (default: train)")
+    command.add_argument("--streaming", action="store_true", help="don't download --dataset as a whole")
     command.add_argument(
         "--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)"
     )
@@ -302,6 +329,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         else:
             command.add_argument("--quick", action="store_true", help="fewer images and strengths")
+    command = commands.add_parser("export", help="the network as an ONNX file")
+    command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
+    command.add_argument(
+        "--part", choices=("whole", "network"), default="whole", help="with the VAE, or after"
+    )
+    command.add_argument("--output", required=True, help="file to write")
+    command.set_defaults(run=export)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -34,6 +34,10 @@ logger = logging.get_logger(__name__)
 PARKED = 1e4
 
 
+class WeightsDontFitError(RuntimeError, ValueError):
+    """Weights of other shapes than the config's: transformers' RuntimeError, and a ValueError as all here."""
+
+
 @dataclass
 class ProtoLeakModelOutput(ModelOutput):
     """
@@ -116,14 +120,17 @@ class _GridMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(N, C, H, W) -> mean, std, third and fourth moment, right, below (N, C), correlation (N, C, C)"""
+    def moments(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        (N, C, H, W) -> mean, std, third and fourth moment, right, below (N, C), correlation (N, C, C); and
+        what they come from, the standardised features (N, C, H, W).
+        """
         count = features.shape[2] * features.shape[3]
         flat = features.flatten(2)  # (N, C, HW)
         mean = flat.mean(dim=2, keepdim=True)
         unit = flat - mean
         std = torch.linalg.vector_norm(unit, dim=2, keepdim=True).square().div(count).add(1e-4).sqrt()
-        unit.div_(std)
+        unit = unit / std
         squares = unit.square()
         third = torch.linalg.vecdot(squares, unit) / count
         fourth = torch.linalg.vector_norm(squares, dim=2).square() / count
@@ -131,8 +138,13 @@ class _GridMoments(torch.autograd.Function):
         right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
         below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
         correlation = unit @ unit.transpose(1, 2) / count
-        ctx.save_for_backward(grid, std)
-        return mean.squeeze(2), std.squeeze(2), third, fourth, right, below, correlation
+        return mean.squeeze(2), std.squeeze(2), third, fourth, right, below, correlation, grid
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *moments, grid = _GridMoments.moments(features)
+        ctx.save_for_backward(grid, moments[1][..., None])
+        return tuple(moments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -170,7 +182,10 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, 6 C + C (C - 1) / 2).
     """
-    mean, std, third, fourth, right, below, correlation = _GridMoments.apply(features.float())
+    features = features.float()
+    learning = torch.is_grad_enabled() and features.requires_grad
+    made = _GridMoments.apply(features) if learning else _GridMoments.moments(features)[:-1]
+    mean, std, third, fourth, right, below, correlation = made
     rows, columns = torch.triu_indices(features.shape[1], features.shape[1], offset=1, device=features.device)
     moments = [mean, std.log(), third, fourth.add(1e-4).log()]
     return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
@@ -377,6 +392,11 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
             )
         self.base_model._modules["_vae"] = vae.requires_grad_(False).eval()
 
+    def drop_decoder(self) -> None:
+        """Free the half of the VAE's memory that attribution never needs; the model can't be saved then."""
+        if hasattr(self.vae, "decoder"):
+            self.vae.decoder = None
+
     def to(self, *args, **kwargs):
         """
         As [`torch.nn.Module.to`], but a floating-point dtype is that of the VAE alone: it has nearly all of
@@ -418,7 +438,8 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
                 f"model.safetensors of {pretrained_model_name_or_path} is damaged: {error}; fetch it again"
             ) from error
         except RuntimeError as error:  # shapes that are not those of the config
-            raise ValueError(f"the weights of {pretrained_model_name_or_path} don't fit: {error}") from error
+            message = f"the weights of {pretrained_model_name_or_path} don't fit: {error}"
+            raise WeightsDontFitError(message) from error
         model = result[0] if isinstance(result, tuple) else result
         for name, weight in model.state_dict().items():
             if not weight.is_meta and not weight.isfinite().all():
@@ -459,6 +480,8 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         scheduler = make_scheduler(self.config)
         scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
+            if getattr(self.vae, "decoder", self.vae) is None:
+                raise ValueError("the VAE's decoder was dropped, so it can't be saved; load the model again")
             self.vae.save_pretrained(folder / "vae")
             for file in (folder / "vae").iterdir():
                 file.chmod(0o644)  # diffusers writes weights that only their owner can read

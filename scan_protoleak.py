@@ -12,9 +12,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,11 +29,28 @@ from .modeling_protoleak import ProtoLeakForImageAttribution
 from .pipeline_protoleak import RECORD_FIELDS, records_of
 from .provenance_protoleak import read_provenance
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "density.pkl", "preprocessor_config.json",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
 )  # fmt: skip
 TABLE_SUFFIXES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image of a data set, with a `Path`'s way to read it."""
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        return self.content
 
 
 class Attributor:
@@ -49,6 +67,7 @@ class Attributor:
         self.network = ProtoLeakForImageAttribution.from_pretrained(model, **hub).eval()
         self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
         self.name, self.revision = str(model), revision
+        self.network.drop_decoder()
         self.network.to(PartialState().device)
         self.weights = weight_digests(model, **hub)
         self.facts = {
@@ -63,7 +82,7 @@ class Attributor:
     def is_main_process(self) -> bool:
         return PartialState().is_main_process
 
-    def read(self, file: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+    def read(self, file: "Path | Row") -> tuple[dict[str, Any], np.ndarray | None]:
         """What is known of a file before the model sees it, and its pixel values, or `None` and an error."""
         row = {"file": str(file), "sha256": None, "width": None, "height": None, "provenance": None}
         row |= {**self.facts, "error": None}
@@ -80,7 +99,7 @@ class Attributor:
 
     @torch.inference_mode()
     def records(
-        self, files: Iterable[Path], batch_size: int = 16, workers: int = 2
+        self, files: "Iterable[Path | Row]", batch_size: int = 16, workers: int = 2
     ) -> Iterator[dict[str, Any]]:
         """
         The record of each file, in order: `attribution_record`'s keys and
@@ -91,7 +110,7 @@ class Attributor:
         - error: `None`, or why the file could not be read; the other values are `None` then.
 
         Args:
-            files: Images.
+            files: Images, paths or rows of a data set.
             batch_size (`int`): Images that go through the model together.
             workers (`int`): Threads that read and decode.
         """
@@ -137,7 +156,7 @@ def weight_digests(model: str, **hub) -> dict[str, str]:
 
 def scan(
     attributor: Attributor,
-    paths: list[str],
+    paths: "list[str] | Dataset | IterableDataset",
     output: str | os.PathLike | None = None,
     resume: bool = False,
     batch_size: int = 16,
@@ -150,7 +169,8 @@ def scan(
 
     Args:
         attributor ([`Attributor`]): What attributes them.
-        paths (`list[str]`): Files, and folders, which are searched recursively.
+        paths: Files, and folders, which are searched recursively; or a data set with an image column, which
+            may be streamed: then no more than a few batches of it are in memory.
         output: JSON lines.
         resume (`bool`): Go on in an `output` that exists: files whose content (sha256) has a record there,
             by this very model, are passed over; those with an error are tried again.
@@ -165,19 +185,20 @@ def scan(
         ValueError: what is there was not written by this model.
     """
     state = PartialState()
-    files = find_images(paths)
     target = Path(output) if output else None
     if target and state.is_main_process:
         _prepare(target, resume, attributor.facts)
     state.wait_for_everyone()
     done = _done(target) if target and resume else set()
-    mine = list(enumerate(files))[state.process_index :: state.num_processes]
+    mine = _share(paths, state.process_index, state.num_processes)
     own = target if target is None or state.num_processes == 1 else _part(target, state.process_index)
-    counts = {"found": len(files), "done": 0, "written": 0, "failed": 0}
-    bar = tqdm(total=len(mine), unit="image", disable=quiet or not state.is_main_process or not os.isatty(2))
+    counts = {"found": 0, "done": 0, "written": 0, "failed": 0}
+    hidden = quiet or not state.is_main_process or not os.isatty(2)
+    bar = tqdm(total=len(mine) if isinstance(mine, list) else None, unit="image", disable=hidden)
 
     def pending() -> Iterator[Path]:
-        for _, file in mine:
+        for file in mine:
+            counts["found"] += 1
             if done and _digest(file) in done:
                 counts["done"] += 1
                 bar.update()
@@ -200,10 +221,43 @@ def scan(
             stream.close()
     state.wait_for_everyone()
     if state.num_processes > 1:
-        counts = _sum_over_processes(counts, state) | {"found": len(files)}
+        counts = _sum_over_processes(counts, state)
         if target and state.is_main_process:
-            _join(target, [str(file) for file in files])
+            _join(target, state.num_processes)
     return counts
+
+
+def _share(
+    paths: "list[str] | Dataset | IterableDataset", process: int, processes: int
+) -> "Iterable[Path | Row]":
+    """
+    What this process attributes: files and rows in turn; of a streamed data set its own files, where there
+    are enough of them, so that no process reads what another does.
+    """
+    if isinstance(paths, list):
+        return find_images(paths)[process::processes]
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    if isinstance(paths, datasets.IterableDataset):
+        mine = split_dataset_by_node(paths, process, processes) if processes > 1 else paths
+        return _rows(mine, lambda i: f"row {i}" + (f" of part {process}" if processes > 1 else ""))
+    mine = paths.shard(processes, process, contiguous=False)
+    return _rows(mine, lambda i: f"row {i * processes + process}")
+
+
+def _rows(rows: "Dataset | IterableDataset", name: Callable[[int], str]) -> "Iterator[Row]":
+    """The images of a data set, not decoded."""
+    import datasets
+
+    columns = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"the data set needs an image column; got {rows.features}")
+    image = columns[0]
+    for i, row in enumerate(rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))):
+        path, content = row[image]["path"], row[image]["bytes"]
+        label = name(i) + (f" ({Path(path).name})" if path else "")
+        yield Row(label, content if content is not None else Path(path).read_bytes())
 
 
 def _prepare(target: Path, resume: bool, facts: dict[str, Any]) -> None:
@@ -238,8 +292,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_whole(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+    def write(partial: Path) -> None:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record) + "\n" for record in records)
+
+    write_whole(target, write)
 
 
 def _done(target: Path) -> set[str]:
@@ -263,13 +320,12 @@ def _sum_over_processes(counts: dict[str, int], state: PartialState) -> dict[str
     return dict(zip(counts, total.tolist(), strict=True))
 
 
-def _join(target: Path, order: list[str]) -> None:
-    """The parts of all processes after what was there before, in the order of the files."""
-    parts = sorted(target.parent.glob(f"{target.name}.part*"))
-    place = {file: i for i, file in enumerate(order)}
-    before = list(read_records(target)) if target.exists() else []
-    new = [record for part in parts for record in read_records(part)]
-    _write_lines(target, before + sorted(new, key=lambda record: place[record["file"]]))
+def _join(target: Path, processes: int) -> None:
+    """The parts of all processes, which took files in turn, after what was there before."""
+    parts = [_part(target, process) for process in range(processes)]
+    before = read_records(target) if target.exists() else ()
+    in_turn = chain.from_iterable(zip_longest(*map(read_records, parts)))
+    _write_lines(target, chain(before, (record for record in in_turn if record is not None)))
     for part in parts:
         part.unlink()
 

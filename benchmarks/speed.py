@@ -1,56 +1,166 @@
 """
-Time and memory of training, attribution and the density, as README and the issue state them.
+Time and memory, as ratios measured in one run.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py [--quick]     # --quick: fewer repeats and sizes, under 5 minutes on 2 cores
 """
 
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from protoleak import GaussianKDE, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from diffusers import AutoencoderKL
+from PIL import Image
+from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.data_protoleak import load_splits
+from protoleak.scan_protoleak import Attributor
 from sklearn.neighbors import KernelDensity
 
 HERE = Path(__file__).parent.parent
+QUICK = "--quick" in sys.argv
+SD21 = {  # Stable Diffusion 2.1's VAE
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+
+def row(what: str, measured: str, target: str = "") -> None:
+    print(f"| {what} | {measured} | {target} |", flush=True)
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def timed_command(*command: str | Path, **environment: str) -> tuple[float, float]:
     """Seconds and peak resident memory in GB of a command that must succeed."""
-    started = time.perf_counter()
-    subprocess.run(command, env=os.environ | environment, cwd=HERE, check=True, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    return time.perf_counter() - started, peak
+    code = (
+        "import os, resource, subprocess, sys, time; started = time.perf_counter();"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
+        "print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)],
+        env=os.environ | environment, cwd=HERE, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    seconds, peak = map(float, run.stdout.split())
+    return seconds, peak
 
 
-def attribution() -> None:
+# --- start-up and attribution -------------------------------------------------------------------------------
+
+
+def start_up() -> None:
+    seconds = statistics.median(timed_command("protoleak", "--help")[0] for _ in range(3))
+    row("`protoleak --help`", f"{seconds:.2f} s", "1 s")
+    code = "import time; t = time.perf_counter(); import protoleak; print(time.perf_counter() - t)"
+    taken = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    row("`import protoleak`", f"{float(taken):.3f} s", "0.3 s")
+    first = statistics.median(
+        timed_command("protoleak", "attribute", "examples/ldm_1.png")[0] for _ in range(3)
+    )
+    row("first verdict", f"{first:.1f} s", "6 s")
     seconds, peak = timed_command("protoleak", "attribute", "examples")
-    print(f"protoleak attribute examples/: {seconds:.1f} s with imports, peak {peak:.2f} GB")
+    row("`protoleak attribute examples/` with imports", f"{seconds:.1f} s, {peak:.2f} GB", "20 s, 1.5 GB")
+
+
+def inference() -> None:
+    """Files on disk to records, against `vae.encode` of the same pixel values in the same batches."""
+    splits = load_splits(str(HERE / "leakzoo"))
+    count = 128 if QUICK else 480
+    with tempfile.TemporaryDirectory() as folder:
+        small = []
+        for i, image in enumerate(splits["test"]["image"][:count]):
+            small.append(Path(folder) / f"{i}.png")
+            small[-1].write_bytes(image["bytes"])
+        attributor = Attributor(str(HERE))
+        ratio = pipeline_ratio(attributor, small, 32, 3 if QUICK else 5)
+        row("whole pipeline over `vae.encode` alone, bundled VAE, 64 px", ratio, "1.35")
+        large = []
+        for i in range(4 if QUICK else 8):
+            pixels = np.random.default_rng(i).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+            large.append(Path(folder) / f"large_{i}.png")
+            Image.fromarray(pixels).save(large[-1])
+        random_checkpoint(Path(folder) / "sd21")
+        attributor = Attributor(f"{folder}/sd21")
+        ratio = pipeline_ratio(attributor, large, 4, 1 if QUICK else 3)
+        row("the same with SD 2.1's architecture, 256 px", ratio, "1.10")
+
+
+def pipeline_ratio(attributor: Attributor, files: list[Path], batch_size: int, repeats: int) -> str:
+    """Both in turn, so that a busy machine slows both."""
+    values = [attributor.read(file)[1] for file in files]
+    starts = range(0, len(values), batch_size)
+    batches = [torch.from_numpy(np.stack(values[s : s + batch_size])) for s in starts]
+    encode = attributor.network.protoleak.encode
+    encode(batches[0])
+    alone, whole = [], []
+    for _ in range(repeats):
+        alone.append(median_seconds(lambda: [encode(batch) for batch in batches], 1))
+        whole.append(median_seconds(lambda: list(attributor.records(files, batch_size)), 1))
+    ratio = statistics.median(w / a for w, a in zip(whole, alone, strict=True))
+    per_image = statistics.median(whole) / len(files)
+    return f"{ratio:.2f} ({1000 * per_image:.1f} ms an image)"
+
+
+def random_checkpoint(folder: Path) -> None:
+    """The paper's setting with random weights, and a density fitted on random embeddings."""
+    labels = {k: f"class {k}" for k in range(10)}
+    config = ProtoLeakConfig(id2label=labels, label2id={name: k for k, name in labels.items()})
+    model = ProtoLeakForImageAttribution(config).eval()
+    model.attach_vae(AutoencoderKL(**SD21))
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> dict[str, np.ndarray]:
+        size = {"embeddings": 128, "gates": 128, "statistics": 30}
+        return {n: rng.normal(size=(count, s)) for n, s in size.items()} | {"labels": np.arange(count) % 10}
+
+    model.fit_density(draw(1000), draw(500))
+    model.save_pretrained(folder)
+    ProtoLeakImageProcessor(crop_size=256).save_pretrained(folder)
+
+
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def training() -> None:
-    """
-    A cold run, and an epoch against what the released code's flow adds to each: encoding every image again.
-    """
+    """A run, an epoch from cached latents, and what encoding every image again would add to each."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds, peak = timed_command(
-            sys.executable, "train.py", "--output_dir", f"{folder}/run", HF_DATASETS_CACHE=f"{folder}/cache"
-        )
+        environment = {"HF_DATASETS_CACHE": f"{folder}/cache"}
+        command = [sys.executable, "train.py", "--output_dir", f"{folder}/run"]
+        if QUICK:
+            command += ["--num_train_epochs", "10", "--orientations", "1"]
+        seconds, peak = timed_command(*command, **environment)
         metrics = json.loads(Path(f"{folder}/run/metrics.json").read_text())
-    epoch = metrics["seconds"]["training"] / metrics["epochs"]
-    print(f"python train.py, cold cache: {seconds:.0f} s, peak {peak:.2f} GB, {metrics['epochs']} epochs")
-    encoding = encoding_seconds()
-    print(
-        f"an epoch from cached latents: {epoch:.2f} s; encoding train and validation anew: {encoding:.2f} s; "
-        f"an epoch that encodes again costs {(epoch + encoding) / epoch:.1f} times as much"
-    )
+    epochs, parts = metrics["epochs"], metrics["seconds"]
+    title = f"`{' '.join(['python', *command[1:2], *command[4:]])}`, cold cache, {epochs} epochs"
+    row(title, f"{seconds:.0f} s, {peak:.2f} GB", "" if QUICK else "360 s, 3 GB")
+    epoch, encoding = parts["training"] / epochs, encoding_seconds()
+    network = network_seconds()
+    row("an epoch from cached latents", f"{epoch:.2f} s")
+    row("encoding train and validation again", f"{encoding:.2f} s")
+    row("an epoch that encodes again, over one that does not", f"{(epoch + encoding) / epoch:.1f}", "8")
+    row("an epoch from cached latents, over the network alone", f"{epoch / network:.2f}", "1.2")
+    flow = 10 * (epoch + encoding) / (encoding + 10 * epoch)
+    row("10 epochs that encode again, over encoding once and 10 epochs", f"{flow:.1f}", "6")
+    paper = sd21_training()
+    row("the same with SD 2.1's VAE at 256 px and ResNet-18 (8 images)", f"{paper:.1f}", "6")
 
 
 def encoding_seconds() -> float:
@@ -65,29 +175,113 @@ def encoding_seconds() -> float:
     return time.perf_counter() - started
 
 
+def network_seconds() -> float:
+    """Forward and backward over as many latents as an epoch trains on, forward over the validation images."""
+    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
+    size = ProtoLeakImageProcessor.from_pretrained(HERE).crop_size // 4
+    latents = torch.randn(64, model.config.latent_channels, size, size)
+    labels = torch.arange(64) % model.config.num_labels
+    model.density = None
+
+    def epoch() -> None:
+        model.train()
+        for _ in range(16):  # and 26 more: 1,050 images
+            model(latents=latents, labels=labels).loss.backward()
+        model(latents=latents[:26], labels=labels[:26]).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            for count in (64,) * 5 + (30,):
+                model(latents=latents[:count])
+
+    epoch()
+    return median_seconds(epoch, 3)
+
+
+def sd21_training() -> float:
+    config = ProtoLeakConfig(num_labels=10)
+    model = ProtoLeakForImageAttribution(config).train()
+    model.attach_vae(AutoencoderKL(**SD21))
+    pixels, labels = torch.randn(8, 3, 256, 256), torch.arange(8)
+    model.protoleak.encode(pixels[:1])
+    encoding = median_seconds(lambda: model.protoleak.encode(pixels), 1)
+    latents = model.protoleak.encode(pixels)
+    step = lambda: model(latents=latents, labels=labels).loss.backward()  # noqa: E731
+    step()
+    network = median_seconds(step, 3)
+    return 10 * (encoding + network) / (encoding + 10 * network)
+
+
+# --- density and export -------------------------------------------------------------------------------------
+
+
 def density() -> None:
-    """2,000 x 10,000 at D = 128 against scikit-learn's exact setting."""
+    """Against scikit-learn's exact setting and its default, D = 128."""
     rng = np.random.default_rng(0)
-    samples, queries = rng.normal(size=(10_000, 128)), rng.normal(size=(2_000, 128))
-    kde = GaussianKDE(bandwidth=0.5).fit(samples)
-    ours, theirs = [], []
-    reference = KernelDensity(bandwidth=0.5, leaf_size=len(samples)).fit(samples)
-    for _ in range(3):
-        started = time.perf_counter()
-        found = kde.score_samples(queries)
-        ours.append(time.perf_counter() - started)
-    started = time.perf_counter()
-    expected = reference.score_samples(queries)
-    theirs.append(time.perf_counter() - started)
-    ratio = theirs[0] / np.median(ours)
-    print(
-        f"KDE 2,000 x 10,000, D = 128: {np.median(ours):.2f} s, scikit-learn exact: {theirs[0]:.2f} s, "
-        f"{ratio:.1f} times; largest difference {np.abs(found - expected).max():.1e} nats"
-    )
+    sizes = (1_000, 10_000) if QUICK else (1_000, 10_000, 100_000)
+    for n in sizes:
+        samples, queries = rng.normal(size=(n, 128)), rng.normal(size=(2_000, 128))
+        kde = GaussianKDE(bandwidth=0.5).fit(samples)
+        ours = median_seconds(lambda kde=kde, q=queries: kde.score_samples(q), 3)
+        few = queries[: 200 if n > 10_000 else 2_000]
+        exact = KernelDensity(bandwidth=0.5, leaf_size=n).fit(samples)
+        theirs = median_seconds(lambda e=exact, q=few: e.score_samples(q), 1) * len(queries) / len(few)
+        apart = np.abs(kde.score_samples(few) - exact.score_samples(few)).max()
+        target = "10" if n == 10_000 else ""
+        measured = f"{theirs / ours:.1f} ({ours:.2f} s; {apart:.0e} nats apart)"
+        row(f"scikit-learn's exact KDE over ours, 2,000 x {n:,}", measured, target)
+        if n == 1_000 or (n == 10_000 and not QUICK):
+            tree = KernelDensity(bandwidth=0.5).fit(samples)
+            default = median_seconds(lambda t=tree, q=queries: t.score_samples(q), 1)
+            wrong = np.abs(kde.score_samples(queries) - tree.score_samples(queries)).max()
+            row(f"its default over ours, 2,000 x {n:,}", f"{default / ours:.1f} ({wrong:.0e} nats apart)")
+    if not QUICK:
+        code = (
+            "import numpy as np, resource; from protoleak import GaussianKDE; rng = np.random.default_rng(0);"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            "kde = GaussianKDE(bandwidth=0.5).fit(rng.normal(size=(100_000, 128)));"
+            "kde.score_samples(rng.normal(size=(10_000, 128)));"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)"
+        )
+        command = [sys.executable, "-c", code]
+        added = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        row("memory that KDE 10,000 x 100,000 adds, samples included", f"{float(added):.2f} GB", "1 GB")
+    samples = rng.normal(size=(1_000 if QUICK else 10_000, 128))
+    ours = median_seconds(lambda: GaussianKDE(bandwidth=None).fit(samples), 1)
+    row(f"bandwidth among 25 by 5 folds, n = {len(samples):,}", f"{ours:.2f} s")
+
+
+def onnx() -> None:
+    import onnxruntime
+    from protoleak.export_protoleak import export_onnx
+
+    model = ProtoLeakForImageAttribution.from_pretrained(HERE).eval()
+    pixels = torch.rand(16, 3, 64, 64) * 2 - 1
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    for part in ("network", "whole"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = export_onnx(model, 64, Path(folder) / "model.onnx", part)
+            session = onnxruntime.InferenceSession(str(path), options)
+        inputs = pixels if part == "whole" else model.protoleak.encode(pixels)
+        feed = {session.get_inputs()[0].name: inputs.numpy()}
+        name = "pixel_values" if part == "whole" else "latents"
+        with torch.no_grad():
+            eager = median_seconds(lambda n=name, x=inputs: model(**{n: x}), 7)
+            expected = model(**{name: inputs}).logits.softmax(dim=1).numpy()
+        ratio = eager / median_seconds(lambda s=session, f=feed: s.run(None, f), 7)
+        logits = torch.from_numpy(session.run(None, feed)[0])
+        apart = np.abs(logits.softmax(dim=1).numpy() - expected).max()
+        row(f"eager over onnxruntime, {part}, batch of 16", f"{ratio:.2f} (probabilities {apart:.0e} apart)")
+
+
+def main() -> None:
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| what | measured | target |\n| --- | --- | --- |")
+    for part in (start_up, inference, density, onnx, training):
+        part()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    row("peak memory of this benchmark", f"{peak:.2f} GB")
 
 
 if __name__ == "__main__":
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}")
-    density()
-    attribution()
-    training()
+    main()

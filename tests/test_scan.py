@@ -174,6 +174,35 @@ def test_two_processes_give_what_one_gives(checkpoint, folder, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_give_what_their_files_give(attributor, folder, tmp_path, streaming):
+    """Streamed or not, alone or shared out over two processes: each image once."""
+    files = sorted(p for p in folder.iterdir() if "b" not in p.name)
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for file in files:
+        (tmp_path / "set" / "train" / file.name).write_bytes(file.read_bytes())
+    data = str(tmp_path / "set")
+    rows = load_dataset(data, split="train", streaming=streaming, cache_dir=tmp_path / "cache")
+    output = tmp_path / "records.jsonl"
+    assert scan(attributor, rows, output)["written"] == 11
+    by_content = {r["sha256"]: numbers(r) for r in lines(output)}
+    expected = {r["sha256"]: numbers(r) for r in attributor.records(files)}
+    assert by_content.keys() == expected.keys()
+    for key, values in by_content.items():
+        for x, y in zip(values, expected[key], strict=True):
+            assert x == pytest.approx(y, abs=1e-5)
+    shares = [list(scan_protoleak._share(rows, process, 2)) for process in range(2)]
+    names = [str(row) for share in shares for row in share]
+    assert len(set(names)) == 11
+    assert {row.content for share in shares for row in share} == {file.read_bytes() for file in files}
+
+
+def test_the_decoder_is_not_kept_and_the_model_says_so_when_saved(attributor, tmp_path):
+    assert attributor.network.vae.decoder is None
+    with pytest.raises(ValueError, match="decoder was dropped"):
+        attributor.network.save_pretrained(tmp_path / "copy")
+
+
 def test_parts_of_a_killed_run_on_two_processes_are_taken_over(attributor, folder, tmp_path):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "records.jsonl"
     scan(attributor, [str(folder)], whole)

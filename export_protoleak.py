@@ -1,0 +1,75 @@
+"""The network as one graph, by `torch.export`: ONNX for runtimes without Python (extra `onnx`)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files_protoleak import write_whole
+
+PARTS = ("network", "whole")
+
+
+class ClassScores(nn.Module):
+    """What a graph holds: z_0, or pixel values, to class scores, embeddings and statistics."""
+
+    def __init__(self, model: Any, part: str):
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        latents = self.model.protoleak.encode(inputs) if self.part == "whole" else inputs
+        made = self.model.protoleak(latents=latents, return_dict=True)
+        logits = self.model.head(made.embeddings, made.gates)
+        if self.model.density is not None:
+            logits = logits / self.model.density.temperatures_["prototype"]
+        return logits, made.embeddings, made.statistics
+
+
+def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole") -> Path:
+    """
+    Write an ONNX file, its batch size left open, with the noise of evaluation inside; beside it `NAME.json`
+    with labels and image size. Open-set verdicts need the density, which stays in `density.pkl`: it takes the
+    graph's `embeddings` or `statistics`.
+
+    Args:
+        model ([`ProtoLeakForImageAttribution`]): With its VAE; the prototypes give the scores.
+        crop_size (`int`): Side of the images in pixels, as the image processor makes them.
+        path: Of the file.
+        part (`str`): `"whole"`, from `pixel_values` (N, 3, S, S) on, or `"network"`, from `latents`
+            (N, C, H, W).
+
+    Raises:
+        ValueError: no such part, or the model's scorer is not the prototypes.
+        ImportError: onnx and onnxscript are missing.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {PARTS}; got {part!r}")
+    if model.config.scorer != "prototype":
+        raise ValueError(f"only the scorer 'prototype' is part of the network; got {model.config.scorer!r}")
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("exporting needs onnx and onnxscript; pip install 'protoleak[onnx]'") from error
+    path, model = Path(path), model.eval()
+    pixels = torch.zeros(2, 3, crop_size, crop_size)
+    inputs = pixels if part == "whole" else model.protoleak.encode(pixels)
+    name = "pixel_values" if part == "whole" else "latents"
+    with torch.no_grad():
+        model(**{name: inputs})  # draws the noise of evaluation for this size, which the graph then holds
+        program = torch.onnx.export(
+            ClassScores(model, part),
+            (inputs,),
+            input_names=[name],
+            output_names=["logits", "embeddings", "statistics"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: program.save(str(partial), external_data=False))
+    facts = {"labels": model.config.label_names, "input": name, "shape": ["batch", *inputs.shape[1:]]}
+    path.with_name(path.name + ".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return path
