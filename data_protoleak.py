@@ -188,8 +188,9 @@ def content_key(
     rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor
 ) -> str:
     """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
+    vae_config = {k: v for k, v in model.vae.config.items() if not k.startswith("_")}  # not where it lies
     digest = hashlib.sha256(
-        json.dumps([processor.to_dict(), dict(model.vae.config)], sort_keys=True, default=str).encode()
+        json.dumps([processor.to_dict(), vae_config], sort_keys=True, default=str).encode()
     )
     for name, weight in sorted(model.vae.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -554,6 +554,7 @@ class KnownDensity(_Stateful):
         features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
         score_ (`OpenSetScore`): Fitted on those of training images; not on disk, see there.
         calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
+        own_calibration_ (`dict[int, torch.Tensor]`): The same of each class that has no held-out images.
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
         temperatures_ (`dict[str, float]`): What each scorer's class scores are divided by.
         class_calibration_ (`dict[str, list[torch.Tensor]]`):
@@ -570,6 +571,7 @@ class KnownDensity(_Stateful):
         self.open_set_score, self.features = "kde", "embeddings"
         self.temperatures_: dict[str, float] = {}
         self.class_calibration_: dict[str, list[torch.Tensor]] = {}
+        self.own_calibration_: dict[int, torch.Tensor] = {}
         self.thumbnails_: dict[int, bytes] = {}
         self._score: OpenSetScore | None = None
 
@@ -607,8 +609,9 @@ class KnownDensity(_Stateful):
         Args:
             train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `statistics` (n, S) and
                 `labels` 0..K-1 (n,).
-                The held-out ones calibrate; for classes that have none, training images do, each scored by
-                what is fitted on the others.
+                The held-out ones calibrate. A class that has none, one that was enrolled, is calibrated by
+                its own training images, each scored by what is fitted on the others, and for itself alone:
+                a few images of it don't lie as close to the known as hundreds of another class do.
             label_names (`list[str]`): K names.
             open_set_score (`str`): A name of `OPEN_SET_SCORES`.
             features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
@@ -618,12 +621,14 @@ class KnownDensity(_Stateful):
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
         known = self.train_[features]
         self._score = None
-        scores = [self.score_.score_samples(self.held_out_[features])]
+        held_out = self.score_.score_samples(self.held_out_[features])
+        self.calibration_ = torch.from_numpy(np.sort(held_out))
+        own: dict[int, list[float]] = {}
         for i in self._without_held_out():
             kept = torch.arange(len(labels)) != i
             others = OPEN_SET_SCORES[open_set_score]().fit(known[kept], labels[kept])
-            scores.append(others.score_samples(known[i : i + 1]))
-        self.calibration_ = torch.from_numpy(np.sort(np.concatenate(scores)))
+            own.setdefault(int(labels[i]), []).extend(others.score_samples(known[i : i + 1]))
+        self.own_calibration_ = {k: torch.tensor(sorted(scores)) for k, scores in own.items()}
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
 
@@ -688,20 +693,29 @@ class KnownDensity(_Stateful):
         """
         return self.score_.score_samples(features)
 
-    def p_value(self, log_density: np.ndarray) -> np.ndarray:
+    def calibration_of(self, label: int | None = None) -> torch.Tensor:
+        """The sorted scores that an image attributed to a class is compared with."""
+        return self.own_calibration_.get(label, self.calibration_)
+
+    def p_value(self, log_density: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
         """
         Split-conformal p-value of "made by a known class", (n,) in (0, 1]: (1 + #{calibration <= score}) / (m
         + 1). For an image exchangeable with the calibration images, P(p <= alpha) <= alpha (Vovk et al.
-        2005).
+        2005). Where there are `labels` (n,), the likeliest classes, images of enrolled ones are compared with
+        these classes' own.
         """
-        return _conformal_p_values(self.calibration_, log_density)
+        p_values = _conformal_p_values(self.calibration_, log_density)
+        for label, calibration in self.own_calibration_.items() if labels is not None else ():
+            p_values[labels == label] = _conformal_p_values(calibration, log_density[labels == label])
+        return p_values
 
-    def threshold(self, alpha: float) -> float:
+    def threshold(self, alpha: float, label: int | None = None) -> float:
         """The open-set score below which the p-value is at most `alpha`; -inf where none is so low."""
-        rank = math.floor(alpha * (len(self.calibration_) + 1) + 1e-9) - 1
+        calibration = self.calibration_of(label)
+        rank = math.floor(alpha * (len(calibration) + 1) + 1e-9) - 1
         if rank < 0:
             return -math.inf
-        return self.calibration_[rank].item() if rank < len(self.calibration_) else math.inf
+        return calibration[rank].item() if rank < len(calibration) else math.inf
 
     def class_p_values(self, scorer: str, probabilities: np.ndarray) -> np.ndarray:
         """

@@ -744,7 +744,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         return {
             "logits": logits,
             "log_density": torch.from_numpy(log_density),
-            "p_values": torch.from_numpy(density.p_value(log_density)),
+            "p_values": torch.from_numpy(density.p_value(log_density, probabilities.argmax(axis=1))),
             "class_p_values": torch.from_numpy(density.class_p_values(scorer, probabilities)),
         }
 
@@ -830,10 +830,11 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
     def _place_in_density(self, output: ImageAttributionOutput, i: int) -> dict[str, Any] | None:
         if self.density is None:
             return None
-        score, calibration = output.log_density[i].item(), self.density.calibration_
+        label = output.logits[i].argmax().item()
+        score, calibration = output.log_density[i].item(), self.density.calibration_of(label)
         return {
             "log_density": score,
-            "threshold": self.density.threshold(self.config.alpha),
+            "threshold": self.density.threshold(self.config.alpha, label),
             "alpha": self.config.alpha,
             "rank": (calibration < score).double().mean().item(),
             "count": len(calibration),

@@ -243,15 +243,16 @@ def test_enrolling_extends_the_density(density, blobs):
     enrolled = density.enroll("c", images(new))
     assert enrolled.labels == ["real", "a", "b", "c"]
     assert (density.p_value(density.log_density(queries)) <= 0.05).all()
-    assert (enrolled.p_value(enrolled.log_density(queries)) > 0.05).mean() > 0.8
+    assert (enrolled.p_value(enrolled.log_density(queries), np.repeat(3, 20)) > 0.05).all()
     assert (enrolled.scorers_["mahalanobis"].score_samples(queries).argmax(1) == 3).all()
     again = enrolled.enroll("d", images(-new))
     for more, count in ((enrolled, 10), (again, 20)):
-        assert len(more.calibration_) == len(density.calibration_) + count
+        assert sum(map(len, more.own_calibration_.values())) == count
         assert len(more.calibration_set()["labels"]) == len(density.calibration_) + count
     others = type(enrolled.score_)().fit(enrolled.train_["embeddings"][:-1], enrolled.train_["labels"][:-1])
     left_out = others.score_samples(enrolled.train_["embeddings"][-1:])[0]
-    assert (enrolled.calibration_ - left_out).abs().min() < 1e-9, "an enrolled image is scored by the others"
+    own = enrolled.own_calibration_[3]
+    assert (own - left_out).abs().min() < 1e-9, "an enrolled image is scored by the others"
     with pytest.raises(ValueError, match="already known"):
         density.enroll("a", images(new))
     with pytest.raises(ValueError, match="at least 2"):
@@ -268,7 +269,12 @@ def test_held_out_images_calibrate_and_an_enrolled_class_itself(density, blobs):
     expected = np.sort(fitted.score_.score_samples(fitted.held_out_["statistics"]))
     np.testing.assert_array_equal(fitted.calibration_, expected)
     enrolled = fitted.enroll("c", images(queries[:4] + 9))
-    assert len(enrolled.calibration_) == 4 + len(queries)
+    assert len(enrolled.calibration_) == len(queries)
+    (own,) = enrolled.own_calibration_.values()
+    assert len(own) == 4
+    score = np.repeat(float(own[1]), 2)
+    assert enrolled.p_value(score, np.array([3, 0])).tolist() == [3 / 5, enrolled.p_value(score)[0]]
+    assert enrolled.threshold(0.4, 3) == own[1]
 
 
 # --- open-set scores ----------------------------------------------------------------------------------------

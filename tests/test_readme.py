@@ -87,9 +87,32 @@ def test_training_and_enrolling_commands(copy):
     assert {"real", "ldm", "mine"} < set(labels)
 
 
+def test_folder_reason_and_export_commands(copy):
+    (copy / "FOLDER2").mkdir()
+    for path in sorted((copy / "examples").iterdir())[:2]:
+        shutil.copy(path, copy / "FOLDER2")
+    scan = snippet(SHELL, "--table records.csv").strip().replace("FOLDER", "FOLDER2")
+    run(scan.split(), copy)
+    assert len((copy / "records.jsonl").read_text().splitlines()) == 2
+    assert len((copy / "records.csv").read_text().splitlines()) == 3
+    explain, report, page = snippet(SHELL, "protoleak explain").strip().splitlines()
+    assert "attention over timesteps" in run(explain.split(), copy)
+    assert "13 images, 0 of which" in run(report.split(), copy)
+    assert page == "python app.py"  # test_app.py starts it
+    run(snippet(SHELL, "protoleak export").strip().split(), copy)
+    assert (copy / "runs/model.onnx").stat().st_size > 1_000_000
+
+
+def test_the_figures_are_those_of_the_bundled_checkpoint():
+    metrics = json.loads((ROOT / "metrics.json").read_text())
+    for name in ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate", "unknown_rejected"):
+        low, high = metrics["intervals"][name]
+        assert f"| {metrics['figures'][name]:.3f} [{low:.3f}, {high:.3f}] |" in README, name
+
+
 def test_measuring_commands(copy):
     for command in snippet(SHELL, "protoleak evaluate").strip().splitlines():
         assert run(command.split(), copy).startswith(("560 test images", "| operator"))
     assert {path.name for path in (copy / "runs/figures").iterdir()} == {
-        "evaluation.json", "evaluation.md", "robustness.json", "robustness.md", "robustness.png",
+        "evaluation.json", "evaluation.md", "robustness.json", "robustness.md", "robustness.png", "figures",
     }  # fmt: skip
