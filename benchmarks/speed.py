@@ -235,13 +235,16 @@ def density() -> None:
             wrong = np.abs(kde.score_samples(queries) - tree.score_samples(queries)).max()
             row(f"its default over ours, 2,000 x {n:,}", f"{default / ours:.1f} ({wrong:.0e} nats apart)")
     if not QUICK:
-        code = (
-            "import numpy as np, resource; from protoleak import GaussianKDE; rng = np.random.default_rng(0);"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "kde = GaussianKDE(bandwidth=0.5).fit(rng.normal(size=(100_000, 128)));"
-            "kde.score_samples(rng.normal(size=(10_000, 128)));"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)"
-        )
+        code = """
+import re, numpy as np
+from pathlib import Path
+from protoleak import GaussianKDE
+memory = lambda name: int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+before, rng = memory("VmRSS"), np.random.default_rng(0)
+kde = GaussianKDE(bandwidth=0.5).fit(rng.normal(size=(100_000, 128)))
+kde.score_samples(rng.normal(size=(10_000, 128)))
+print(memory("VmHWM") - before)
+"""
         command = [sys.executable, "-c", code]
         added = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         row("memory that KDE 10,000 x 100,000 adds, samples included", f"{float(added):.2f} GB", "1 GB")
