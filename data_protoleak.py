@@ -210,8 +210,9 @@ def encode_split(
     strength: float | None = None, seed: int = 0, batch_size: int = 16, key: str | None = None,
 ) -> TensorDataset:  # fmt: skip
     """
-    Latents (N, C, H, W) or (N, crops, C, H, W) in float16 and labels (N,), -1 for other classes. They are
-    cached in files of `SHARD_SIZE` images, which processes share out, so that a run that was stopped goes on.
+    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes. The latents are
+    cached in float16, in files of `SHARD_SIZE` images, which processes share out, so that a run that was
+    stopped goes on.
     `orientation` 0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `operator`,
     `strength` and `seed` [`postprocess`] the images before that; `key` is the rows' [`content_key`], where it
     is at hand.

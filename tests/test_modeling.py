@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
-from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics, load_vae
 from safetensors.torch import load_file, save_file
 
+from . import ROOT
 from .conftest import fit_random_density, tiny_config, tiny_model, tiny_vae
 
 
@@ -509,3 +510,20 @@ def test_a_head_of_another_size_can_be_asked_for(fitted_model, tmp_path, caplog)
     assert model.density is None
     kept = fitted_model.protoleak.encoder.projection.weight
     assert torch.equal(model.protoleak.encoder.projection.weight, kept)
+
+
+# --- the bundled checkpoint ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_caching_latents_in_float16_errs_less_than_the_noise():
+    model = ProtoLeakForImageAttribution.from_pretrained(ROOT)
+    processor = ProtoLeakImageProcessor.from_pretrained(ROOT)
+    latents = model.protoleak.encode(processor(sorted((ROOT / "examples").iterdir()))["pixel_values"])
+    kept, whitened = latents.half().float(), model.protoleak.whitening
+    errors = (whitened(latents) - whitened(kept)).square().mean(dim=(0, 2, 3)).sqrt()  # of each component
+    noise = (1 - model.protoleak.alphas_cumprod()[1]).sqrt()
+    assert errors.mean() < noise / 10
+    assert errors.max() < noise / 5
+    probabilities = [model(latents=z).logits.softmax(dim=1) for z in (latents, kept)]
+    assert (probabilities[0] - probabilities[1]).abs().max() < 0.02

@@ -119,9 +119,10 @@ def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
     """In a process of its own, that is interrupted once its first records are on disk."""
     output = tmp_path / "records.jsonl"
     slow = f"""
-import sys, time
+import signal, sys, time
 from protoleak import scan_protoleak
 from protoleak.cli_protoleak import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest itself runs in the background
 read = scan_protoleak.Attributor.read
 scan_protoleak.Attributor.read = lambda self, file: (time.sleep(0.5), read(self, file))[1]
 sys.exit(main(["attribute", {str(folder)!r}, "--model", {str(checkpoint)!r}, "--output", {str(output)!r},

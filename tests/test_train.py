@@ -246,7 +246,7 @@ def test_latents_are_cached_by_content_processor_and_vae(folder, processor, monk
     labels = ["real", "a", "b"]
     first = encode_split(rows, labels, model, processor, accelerator).tensors[0]
     direct = model.protoleak.encode(processor([rows[5]["image"]["path"]])["pixel_values"])
-    torch.testing.assert_close(first[5:6], direct.half(), atol=1e-3, rtol=1e-3)  # kept in float16
+    torch.testing.assert_close(first[5:6], direct, atol=2e-3, rtol=1e-3)  # on disk in float16
     key = content_key(rows, model, processor)
     monkeypatch.setattr(model.protoleak, "encode", None)  # encoding again would fail
     assert torch.equal(encode_split(rows, labels, model, processor, accelerator).tensors[0], first)
