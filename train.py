@@ -301,10 +301,12 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     if model.protoleak.whitening is not None and not arguments.model_name_or_path:
         model.protoleak.whitening.fit(data["train"].tensors[0])
     encoded = time.perf_counter()
+    scorer, model.config.scorer = model.config.scorer, "prototype"  # the others are fitted after training
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
     model.fit_density(known["train"], known["validation"])
+    model.config.scorer = scorer
     pictures = splits["train"]["image"]
     model.keep_thumbnails(lambda i: pictures[i]["bytes"] or pictures[i]["path"])
     unknown_names = splits["unknown"]["label"] if "unknown" in splits else None

@@ -96,6 +96,12 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
     )
 
 
+def test_a_recipe_with_another_scorer_trains_and_uses_it(tmp_path, folder, recipe):
+    tiny_config(pooling="statistics", scorer="llr").save_pretrained(recipe)
+    assert train(arguments(tmp_path, folder, recipe))["figures"]["macro_auc"] > 0.9
+    assert ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run").config.scorer == "llr"
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
     short = {"num_train_epochs": 2}
     first = train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "one"), **short))
