@@ -777,7 +777,8 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
               `None` with another scorer than the prototypes;
             - timesteps: `timestep` and `weight` of each;
             - density: `log_density`, the `threshold` at `alpha` below which an image is called unknown, and
-              `rank`, the share of the `count` calibration images that score lower. `None` without a density.
+              `rank`, the share of the `count` calibration images that score lower. `None` without a density;
+            - embedding: h.
         """
         embeddings, gates = output.embeddings.float(), output.gates.float()
         distances = self.head.distances(embeddings, gates)  # (B, K, M)
@@ -799,6 +800,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
                     "contributions": self._contributions(embeddings[i], gates[i], output.logits[i]),
                     "timesteps": [{"timestep": t, "weight": weight} for t, weight in steps],
                     "density": self._place_in_density(output, i),
+                    "embedding": embeddings[i].tolist(),
                 }
             )
         return reasons

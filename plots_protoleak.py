@@ -1,14 +1,11 @@
 """Figures of a checkpoint and of its evaluation (matplotlib, extra `plot`)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 try:
     from matplotlib.figure import Figure
@@ -57,7 +54,7 @@ class EmbeddingMap:
         else:
             raise ValueError(f"method must be 'pca' or 'umap'; got {method!r}")
 
-    def draw(self, embedding: Any = None) -> "Figure":
+    def draw(self, embedding: Any = None) -> Figure:
         """The map, with one more embedding (D,) as a star."""
         figure, axes = _axes(5.2, 4, xlabel=self.axes[0], ylabel=self.axes[1])
         for k, label in enumerate(self.labels):
@@ -69,7 +66,7 @@ class EmbeddingMap:
         return figure
 
 
-def draw_density(calibration: Any, reason: dict[str, Any]) -> "Figure":
+def draw_density(calibration: Any, reason: dict[str, Any]) -> Figure:
     """Histogram of the calibration images' open-set scores, with the threshold and this image's."""
     scores = np.asarray(calibration)
     low, high = np.quantile(scores, [0.005, 0.995])
@@ -86,7 +83,7 @@ def draw_density(calibration: Any, reason: dict[str, Any]) -> "Figure":
     return figure
 
 
-def draw_contributions(contributions: dict[str, Any], count: int = 12) -> "Figure":
+def draw_contributions(contributions: dict[str, Any], count: int = 12) -> Figure:
     """The dimensions that speak most for the first or the second class, the others, and the sharing."""
     values = np.array(contributions["dimensions"])
     order = np.argsort(-np.abs(values))[:count]
@@ -102,7 +99,7 @@ def draw_contributions(contributions: dict[str, Any], count: int = 12) -> "Figur
     return figure
 
 
-def draw_timesteps(rows: list[dict[str, Any]]) -> "Figure":
+def draw_timesteps(rows: list[dict[str, Any]]) -> Figure:
     """The weight of each timestep in the embedding."""
     figure, axes = _axes(5.2, 1.8, xlabel="timestep t of the forward diffusion", ylabel="attention")
     axes.bar([str(row["timestep"]) for row in rows], [row["weight"] for row in rows], color=BLUE)
@@ -113,7 +110,7 @@ def draw_timesteps(rows: list[dict[str, Any]]) -> "Figure":
 # --- many images --------------------------------------------------------------------------------------------
 
 
-def draw_roc(curves: dict[str, tuple[Any, Any]]) -> "Figure":
+def draw_roc(curves: dict[str, tuple[Any, Any]]) -> Figure:
     """ROC curves by title, from the scores of the positives and those of the negatives."""
     figure, axes = _axes(4.4, 4, xlabel="false positive rate", ylabel="true positive rate")
     for title, (positive, negative) in curves.items():
@@ -124,7 +121,7 @@ def draw_roc(curves: dict[str, tuple[Any, Any]]) -> "Figure":
     return figure
 
 
-def draw_confusion(report: dict[str, Any]) -> "Figure":
+def draw_confusion(report: dict[str, Any]) -> Figure:
     """Rows are true classes, columns verdicts, with "unknown" as the last."""
     verdicts = [*report["labels"], "unknown"]
     counts = np.zeros((len(verdicts), len(verdicts)), int)
@@ -137,7 +134,7 @@ def draw_confusion(report: dict[str, Any]) -> "Figure":
     return figure
 
 
-def draw_reliability(rows: list[dict[str, float]]) -> "Figure":
+def draw_reliability(rows: list[dict[str, float]]) -> Figure:
     """Accuracy against confidence of the likeliest class; dots are as large as their share of images."""
     figure, axes = _axes(4, 4, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
@@ -148,7 +145,7 @@ def draw_reliability(rows: list[dict[str, float]]) -> "Figure":
     return figure
 
 
-def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, "Figure"]:
+def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, Figure]:
     """The figures of a report of [`evaluate_model`], by name: roc, confusion, reliability, embeddings."""
     pairs = {
         "known against unknown": ("known", "unknown"),
@@ -162,7 +159,7 @@ def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, "Figure"]
     return drawn | {"embeddings": EmbeddingMap(density).draw()}
 
 
-def draw_robustness(table: list[dict[str, Any]]) -> "Figure":
+def draw_robustness(table: list[dict[str, Any]]) -> Figure:
     """Macro AUC, open-set AUROC and stability of each row of [`robustness`] as bars."""
     columns = [name for name in ("macro_auc", "auroc", "stability") if name in table[0]]
     labels = [row["operator"] + ("" if row["strength"] is None else f" {row['strength']:g}") for row in table]
@@ -177,7 +174,7 @@ def draw_robustness(table: list[dict[str, Any]]) -> "Figure":
     return figure
 
 
-def save_figures(figures: dict[str, "Figure"], folder: str | Path) -> list[Path]:
+def save_figures(figures: dict[str, Figure], folder: str | Path) -> list[Path]:
     """Write each as NAME.png into the folder."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

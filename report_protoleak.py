@@ -15,15 +15,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from transformers import Pipeline
-from transformers.utils import cached_file
 
 from .evaluation_protoleak import TITLES
 from .files_protoleak import write_whole
-from .image_processing_protoleak import find_images, open_image
+from .image_processing_protoleak import open_image
 from .pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
 from .plots_protoleak import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
 from .provenance_protoleak import summarise_provenance
-from .scan_protoleak import Attributor
+from .scan_protoleak import Attributor, checkpoint_file
 
 TEMPLATE = "report_template.html"
 PACKAGES = ("protoleak", "torch", "transformers", "diffusers", "numpy", "pillow", "scikit-learn")
@@ -53,19 +52,16 @@ class Examiner:
         The record of a file as `protoleak attribute` gives it, with `explanation`; `error` tells why there is
         none.
         """
-        row, pixel_values = self.attributor.read(Path(file))
-        if pixel_values is None:
+        row, image = self.attributor.open(Path(file))
+        if image is None:
             return dict.fromkeys((*RECORD_FIELDS, "explanation")) | row
-        image = open_image(Path(file), self.attributor.processor.max_pixels)
-        record = self.pipeline(image, explain=True)
-        embedding = self.network.protoleak(
-            self.attributor.processor(image)["pixel_values"].to(self.network.device)
-        ).embeddings[0]
-        record["explanation"]["embedding"] = embedding.detach().float().cpu().tolist()
-        return record | row
+        return self.pipeline(image, explain=True) | row
 
     def about(self) -> dict[str, Any]:
-        """What a second examiner needs: files and their digests, versions, settings, error rates, classes."""
+        """
+        What a second examiner needs: files and their digests, versions, settings, error rates, classes; and
+        when it was asked for.
+        """
         config = self.network.config
         figures = (self.metrics or {}).get("figures", {})
         density = self.network.density
@@ -88,16 +84,13 @@ class Examiner:
                 if name in figures
             ],
             "measured_on": (self.metrics or {}).get("dataset"),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
 
 def _metrics(model: str, revision: str | None) -> dict[str, Any] | None:
-    path = Path(model, "metrics.json")
-    if not Path(model).is_dir():
-        path = cached_file(
-            model, "metrics.json", revision=revision or "main", _raise_exceptions_for_missing_entries=False
-        )
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path and Path(path).is_file() else None
+    path = checkpoint_file(model, "metrics.json", revision=revision or "main")
+    return json.loads(path.read_text(encoding="utf-8")) if path else None
 
 
 def verdict_in_words(record: dict[str, Any]) -> str:
@@ -179,16 +172,15 @@ def write_report(
     """
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = examiner.about() | {"made": datetime.now(UTC).isoformat(timespec="seconds")}
     if format == "json":
-        text = json.dumps({"about": about, "records": records}, indent=2) + "\n"
+        text = json.dumps({"about": examiner.about(), "records": records}, indent=2) + "\n"
     else:
-        text = render(examiner, records, about)
+        text = render(examiner, records)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     return path
 
 
-def render(examiner: Examiner, records: list[dict[str, Any]], about: dict[str, Any] | None = None) -> str:
+def render(examiner: Examiner, records: list[dict[str, Any]]) -> str:
     """The HTML of a report. Every text is escaped; there is no script and nothing is fetched."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
@@ -207,8 +199,7 @@ def render(examiner: Examiner, records: list[dict[str, Any]], about: dict[str, A
         }
         for record in records
     ]
-    about = about or examiner.about() | {"made": datetime.now(UTC).isoformat(timespec="seconds")}
-    return environment.get_template(TEMPLATE).render(cases=cases, about=about)
+    return environment.get_template(TEMPLATE).render(cases=cases, about=examiner.about())
 
 
 def _kind(record: dict[str, Any]) -> str:
@@ -253,7 +244,9 @@ def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]
     density = examiner.network.density
     if density is not None:
         made["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
-        made["How usual it is among known images"] = draw_density(density.calibration_, reason["density"])
+        likeliest = examiner.network.config.label2id[record["attributions"][0]["label"]]
+        calibration = density.calibration_of(likeliest)  # what the threshold in the reason is of
+        made["How usual it is among known images"] = draw_density(calibration, reason["density"])
     drawings = []
     for title, figure in made.items():
         content = io.BytesIO()
@@ -264,11 +257,6 @@ def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]
 
 def _data_uri(content: bytes, mime_type: str) -> str:
     return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
-
-
-def examine_all(examiner: Examiner, paths: list[str]) -> list[dict[str, Any]]:
-    """The records of files, and of those in folders."""
-    return [examiner.examine(file) for file in find_images(paths)]
 
 
 __all__ = ["Examiner", "render", "verdict_in_words", "write_report"]

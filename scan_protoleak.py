@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -82,8 +83,8 @@ class Attributor:
     def is_main_process(self) -> bool:
         return PartialState().is_main_process
 
-    def read(self, file: "Path | Row") -> tuple[dict[str, Any], np.ndarray | None]:
-        """What is known of a file before the model sees it, and its pixel values, or `None` and an error."""
+    def open(self, file: "Path | Row") -> tuple[dict[str, Any], Image.Image | None]:
+        """What is known of a file before the model sees it, and its image, or `None` and an error."""
         row = {"file": str(file), "sha256": None, "width": None, "height": None, "provenance": None}
         row |= {**self.facts, "error": None}
         try:
@@ -92,10 +93,18 @@ class Attributor:
             image = open_image(content, self.processor.max_pixels, name=str(file))
             row["width"], row["height"] = image.size
             row["provenance"] = read_provenance(content, self.processor.max_pixels)
-            return row, self.processor.pixel_values(image)
+            return row, image
         except (OSError, ValueError, MemoryError) as error:
             row["error"] = str(error) or type(error).__name__
             return row, None
+
+    def read(self, file: "Path | Row") -> tuple[dict[str, Any], np.ndarray | None]:
+        """As [`~Attributor.open`], with the image's pixel values in its place."""
+        row, image = self.open(file)
+        try:
+            return row, None if image is None else self.processor.pixel_values(image)
+        except (OSError, ValueError, MemoryError) as error:
+            return row | {"error": str(error) or type(error).__name__}, None
 
     @torch.inference_mode()
     def records(
@@ -143,12 +152,15 @@ def weight_digests(model: str, **hub) -> dict[str, str]:
     """sha256 of every file of a checkpoint that verdicts depend on, by its name."""
     digests = {}
     for name in WEIGHT_FILES:
-        path = Path(model, name)
-        if not Path(model).is_dir():
-            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is not None and Path(path).is_file():
-            digests[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if path := checkpoint_file(model, name, **hub):
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return digests
+
+
+def checkpoint_file(model: str, name: str, **hub) -> Path | None:
+    """Where a file of a checkpoint's folder or Hub id lies, `None` if it has no such file."""
+    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if path is None else Path(path)
 
 
 # --- a run that can be stopped ------------------------------------------------------------------------------

@@ -55,18 +55,22 @@ def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
 
 
 def spectra_predictions(pixels, labels) -> dict[str, Predictions]:
-    """
-    Logistic regression on radial spectra, its strength chosen on train; open-set score: KDE of standardised
-    features.
-    """
-    features = {split: radial_spectra(p) for split, p in pixels.items()}
+    """Logistic regression on radial spectra, its strength chosen on train."""
+    return linear_predictions({split: radial_spectra(p) for split, p in pixels.items()}, labels)
+
+
+def linear_predictions(
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray], fitted_on: tuple[str, ...] = ("train",)
+) -> dict[str, Predictions]:
+    """Logistic regression on features (N, F) of each split; open-set score: KDE of them, standardised."""
+    known, targets = (np.concatenate([part[split] for split in fitted_on]) for part in (features, labels))
     classifier = make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(Cs=8, max_iter=3000, l1_ratios=(0,), use_legacy_attributes=False),
     )
-    classifier.fit(features["train"], labels["train"])
+    classifier.fit(known, targets)
     scaled = {split: classifier[0].transform(f) for split, f in features.items()}
-    kde = GaussianKDE().fit(scaled["train"])
+    kde = GaussianKDE().fit(classifier[0].transform(known))
     return {
         s: Predictions(f, classifier.predict_proba(f), labels[s], kde.score_samples(scaled[s]))
         for s, f in features.items()

@@ -17,19 +17,15 @@ import protoleak.train
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from protoleak import GaussianKDE
-from protoleak.evaluation_protoleak import Predictions, format_report, format_summary, summarize
+from protoleak.evaluation_protoleak import format_report, format_summary, summarize
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent))
-from baselines import load_pixels, radial_spectra
+from baselines import linear_predictions, load_pixels, radial_spectra
 
 DEFAULTS = "--output_dir runs/realworld --crop_size 128 --num_crops 4 --num_train_epochs 150 --patience 40"
 
@@ -89,15 +85,7 @@ def baseline(path: str) -> dict:
     """Radial spectra and block DCT of pixels, logistic regression; open-set score: KDE of its features."""
     pixels, labels, names = load_pixels(path, 256)
     features = {s: np.hstack([radial_spectra(p), block_dct(p)]) for s, p in pixels.items()}
-    fitted_on = [np.concatenate([part["train"], part["validation"]]) for part in (features, labels)]
-    regression = LogisticRegressionCV(Cs=8, max_iter=3000, l1_ratios=(0,), use_legacy_attributes=False)
-    classifier = make_pipeline(StandardScaler(), regression).fit(*fitted_on)
-    kde = GaussianKDE().fit(classifier[0].transform(fitted_on[0]))
-    made = {}
-    for split in {"test", "unknown"} & set(features):
-        scores = kde.score_samples(classifier[0].transform(features[split]))
-        probabilities = classifier.predict_proba(features[split])
-        made[split] = Predictions(features[split], probabilities, labels[split], scores)
+    made = linear_predictions(features, labels, ("train", "validation"))
     return summarize(made["test"], made.get("unknown"), names)
 
 

@@ -1,11 +1,14 @@
 """Tiny models of the real architectures, with random weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.scan_protoleak import Attributor
 
 LABELS = ["real", "a", "b"]
 
@@ -82,3 +85,16 @@ def photo() -> Image.Image:
     """48 x 40 smooth colour noise."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def checkpoint(fitted_model, processor, tmp_path) -> Path:
+    """The folder of a checkpoint with a density."""
+    fitted_model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def attributor(checkpoint) -> Attributor:
+    return Attributor(str(checkpoint))

@@ -17,12 +17,11 @@ from protoleak.report_protoleak import Examiner, render, verdict_in_words, write
 
 
 @pytest.fixture
-def checkpoint(fitted_model, processor, tmp_path):
+def fitted_model(fitted_model):
+    """With thumbnails of its training images."""
     pictures = np.random.default_rng(0).integers(0, 256, (60, 80, 100, 3), dtype=np.uint8)
     fitted_model.keep_thumbnails(lambda i: Image.fromarray(pictures[i]))
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+    return fitted_model
 
 
 @pytest.fixture

@@ -15,13 +15,6 @@ from .hub_matrix import LOADERS, differences, make_kinds
 from .test_train import _cache_in_tmp_path, folder  # noqa: F401 (fixtures)
 
 
-@pytest.fixture
-def checkpoint(fitted_model, processor, tmp_path):
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
 def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):  # noqa: F811
     enroll = [str(path) for path in sorted((folder / "unknown/c").iterdir())[:4]]
     kinds = make_kinds(checkpoint, tmp_path / "kinds", str(folder), enroll)

@@ -30,13 +30,6 @@ RUN_FIELDS = (
 
 
 @pytest.fixture
-def checkpoint(fitted_model, processor, tmp_path):
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
 def images(tmp_path):
     """Nine images and one that is none."""
     folder = tmp_path / "images"

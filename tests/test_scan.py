@@ -14,19 +14,7 @@ from datasets import load_dataset
 from PIL import Image
 from protoleak import scan_protoleak
 from protoleak.cli_protoleak import main
-from protoleak.scan_protoleak import Attributor, prefetched, read_records, scan, write_table
-
-
-@pytest.fixture
-def checkpoint(fitted_model, processor, tmp_path):
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
-def attributor(checkpoint):
-    return Attributor(str(checkpoint))
+from protoleak.scan_protoleak import prefetched, read_records, scan, write_table
 
 
 @pytest.fixture

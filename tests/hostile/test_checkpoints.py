@@ -146,13 +146,6 @@ def saved_density(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def checkpoint(fitted_model, processor, tmp_path):
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
 def refused(checkpoint: Path, capsys) -> str:
     """What the command says of a checkpoint that it does not take; it must not be a traceback."""
     image = checkpoint / "image.png"

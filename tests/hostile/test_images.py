@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from protoleak.image_processing_protoleak import find_images, open_image
 from protoleak.provenance_protoleak import read_provenance
-from protoleak.scan_protoleak import Attributor, scan
+from protoleak.scan_protoleak import scan
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -96,13 +96,6 @@ def corpus() -> dict[str, tuple[bytes, bool]]:
         if format not in ("GIF", "BMP", "TIFF", "PPM"):
             bad[f"truncated.{format.lower()}"] = content[: len(content) // 2]
     return {name: (c, True) for name, c in good.items()} | {name: (c, False) for name, c in bad.items()}
-
-
-@pytest.fixture
-def attributor(fitted_model, processor, tmp_path):
-    fitted_model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return Attributor(str(tmp_path / "checkpoint"))
 
 
 def test_every_file_of_the_corpus_has_its_record(attributor, tmp_path, capsys):
