@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,13 +84,20 @@ class Attributor:
     def is_main_process(self) -> bool:
         return PartialState().is_main_process
 
-    def open(self, file: "Path | Row") -> tuple[dict[str, Any], Image.Image | None]:
-        """What is known of a file before the model sees it, and its image, or `None` and an error."""
+    def open(
+        self, file: "Path | Row", done: Collection[str] = ()
+    ) -> tuple[dict[str, Any], Image.Image | None]:
+        """
+        What is known of a file before the model sees it, and its image: `None` with an error, and without one
+        for a file whose sha256 is among `done`, which is not decoded.
+        """
         row = {"file": str(file), "sha256": None, "width": None, "height": None, "provenance": None}
         row |= {**self.facts, "error": None}
         try:
             content = file.read_bytes()
             row["sha256"] = hashlib.sha256(content).hexdigest()
+            if row["sha256"] in done:
+                return row, None
             image = open_image(content, self.processor.max_pixels, name=str(file))
             row["width"], row["height"] = image.size
             row["provenance"] = read_provenance(content, self.processor.max_pixels)
@@ -98,9 +106,11 @@ class Attributor:
             row["error"] = str(error) or type(error).__name__
             return row, None
 
-    def read(self, file: "Path | Row") -> tuple[dict[str, Any], np.ndarray | None]:
+    def read(
+        self, file: "Path | Row", done: Collection[str] = ()
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
         """As [`~Attributor.open`], with the image's pixel values in its place."""
-        row, image = self.open(file)
+        row, image = self.open(file, done)
         try:
             return row, None if image is None else self.processor.pixel_values(image)
         except (OSError, ValueError, MemoryError) as error:
@@ -108,7 +118,11 @@ class Attributor:
 
     @torch.inference_mode()
     def records(
-        self, files: "Iterable[Path | Row]", batch_size: int = 16, workers: int = 2
+        self,
+        files: "Iterable[Path | Row]",
+        batch_size: int = 16,
+        workers: int = 2,
+        done: Collection[str] = (),
     ) -> Iterator[dict[str, Any]]:
         """
         The record of each file, in order: `attribution_record`'s keys and
@@ -122,8 +136,9 @@ class Attributor:
             files: Images, paths or rows of a data set.
             batch_size (`int`): Images that go through the model together.
             workers (`int`): Threads that read and decode.
+            done (`Collection[str]`): sha256 of files to pass over.
         """
-        read = prefetched(self.read, files, workers, ahead=2 * batch_size)
+        read = prefetched(partial(self.read, done=done), files, workers, ahead=2 * batch_size)
         while batch := list(islice(read, batch_size)):
             pixels = [values for _, values in batch if values is not None]
             made: Iterator[dict[str, Any]] = iter(())
@@ -131,6 +146,8 @@ class Attributor:
                 output = self.network(torch.from_numpy(np.stack(pixels)).to(self.network.device))
                 made = iter(records_of(output, self.network.config))
             for row, values in batch:
+                if values is None and row["error"] is None:
+                    continue
                 yield (dict.fromkeys(RECORD_FIELDS) if values is None else next(made)) | row
 
 
@@ -206,31 +223,25 @@ def scan(
     own = target if target is None or state.num_processes == 1 else _part(target, state.process_index)
     counts = {"found": 0, "done": 0, "written": 0, "failed": 0}
     hidden = quiet or not state.is_main_process or not os.isatty(2)
-    bar = tqdm(total=len(mine) if isinstance(mine, list) else None, unit="image", disable=hidden)
 
-    def pending() -> Iterator[Path]:
-        for file in mine:
+    def files() -> "Iterator[Path | Row]":
+        for file in tqdm(mine, unit="image", disable=hidden):
             counts["found"] += 1
-            if done and _digest(file) in done:
-                counts["done"] += 1
-                bar.update()
-            else:
-                yield file
+            yield file
 
     stream = own.open("a", encoding="utf-8") if own else None
     try:
-        for record in attributor.records(pending(), batch_size, workers):
+        for record in attributor.records(files(), batch_size, workers, done):
             if stream:
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             counts["written"] += 1
             counts["failed"] += record["error"] is not None
             on_record(record)
-            bar.update()
     finally:
-        bar.close()
         if stream:
             stream.close()
+    counts["done"] = counts["found"] - counts["written"]
     state.wait_for_everyone()
     if state.num_processes > 1:
         counts = _sum_over_processes(counts, state)
@@ -313,13 +324,6 @@ def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _done(target: Path) -> set[str]:
     return {record["sha256"] for record in read_records(target)}
-
-
-def _digest(file: Path) -> str | None:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return None  # the record will tell
 
 
 def _part(target: Path, process: int) -> Path:

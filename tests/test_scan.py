@@ -112,7 +112,7 @@ from protoleak import scan_protoleak
 from protoleak.cli_protoleak import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest itself runs in the background
 read = scan_protoleak.Attributor.read
-scan_protoleak.Attributor.read = lambda self, file: (time.sleep(0.5), read(self, file))[1]
+scan_protoleak.Attributor.read = lambda self, file, done: (time.sleep(0.5), read(self, file, done))[1]
 sys.exit(main(["attribute", {str(folder)!r}, "--model", {str(checkpoint)!r}, "--output", {str(output)!r},
     "--batch_size", "1", "--workers", "1"]))
 """
