@@ -46,6 +46,9 @@ class ProtoLeakConfig(PreTrainedConfig):
             positions, each brought to unit variance, before they are noised. A VAE's channels are led by what
             a picture shows; traces of its making lie in components of little variance, which the noise would
             cover, and which statistics of the channels as they are don't show.
+        contrast_normalization (`bool`, defaults to `False`):
+            Whether the latents are then divided by their root mean square over the channels at each grid
+            position, so that flat and busy parts of a picture count alike.
         timesteps (`list[int]`, defaults to `[0, 50, 100, 200]`):
             Where the forward diffusion is re-simulated: distinct, within 0 and `num_train_timesteps - 1`.
         sigma_normalization (`bool`, defaults to `False`): Whether z_t is divided by sqrt(1 -
@@ -96,6 +99,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     embedding_size: int = 128
     latent_channels: int = 4
     latent_whitening: bool = False
+    contrast_normalization: bool = False
     timesteps: list[int] | tuple[int, ...] = (0, 50, 100, 200)
     sigma_normalization: bool = False
     noise_seed: int = 0

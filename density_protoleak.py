@@ -259,8 +259,13 @@ def _within_class_covariance(
     means = torch.stack([c.mean(dim=0) for c in _by_class(samples, labels, num_labels)])
     centred = samples - means[labels]
     covariance = centred.T @ centred / len(samples)
-    identity = torch.eye(samples.shape[1], dtype=torch.float64)
-    return means, (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * identity
+    return means, shrunk(covariance, shrinkage)
+
+
+def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """A covariance (D, D), drawn to a multiple of the identity."""
+    target = torch.full_like(covariance.diagonal(), covariance.diagonal().mean())
+    return (1 - shrinkage) * covariance + shrinkage * target.diag()
 
 
 class MahalanobisScorer(ClassScorer):
@@ -343,8 +348,8 @@ class LLRScorer(ClassScorer):
         self.shrinkage = shrinkage
 
     def _fit(self, samples, labels, num_labels):
-        means, shrunk = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
-        self.weights_ = torch.linalg.lstsq(shrunk, means.T, driver="gelsd").solution  # (D, K)
+        means, covariance = _within_class_covariance(samples, labels, num_labels, self.shrinkage)
+        self.weights_ = torch.linalg.lstsq(covariance, means.T, driver="gelsd").solution  # (D, K)
         log_prior = (torch.bincount(labels) / len(labels)).double().log()
         self.bias_ = log_prior - (means.T * self.weights_).sum(dim=0) / 2
 

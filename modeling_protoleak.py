@@ -113,6 +113,16 @@ def forward_diffusion(
     return noisy / sigma if sigma_normalization else noisy
 
 
+def normalize_contrast(latents: torch.Tensor) -> torch.Tensor:
+    """
+    Divide by the root mean square over the channels at each grid position, as divisive normalisation in
+    vision does: statistics of what is left are not those of the few busy places alone. Squares have 1e-3
+    added.
+    (N, C, H, W) -> (N, C, H, W)
+    """
+    return latents * latents.square().mean(dim=1, keepdim=True).add(1e-3).rsqrt()
+
+
 class _GridMoments(torch.autograd.Function):
     """
     What [`grid_statistics`] is made of, with its gradient in closed form: a fifth of the passes over memory
@@ -191,6 +201,36 @@ def grid_statistics(features: torch.Tensor) -> torch.Tensor:
     return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
 
 
+def partial_correlations(features: torch.Tensor) -> torch.Tensor:
+    """
+    Log precision of each channel, and the correlations of pairs of channels given all others, which tell a
+    direct dependence from one that other channels pass on. The covariance has a fiftieth of its mean variance
+    added on the diagonal, so that few grid positions are enough.
+
+    Args:
+        features: (N, C, H, W).
+
+    Returns:
+        (N, C + C (C - 1) / 2).
+    """
+    flat = features.float().flatten(2)
+    channels = flat.shape[1]
+    centred = flat - flat.mean(dim=2, keepdim=True)
+    covariance = centred @ centred.transpose(1, 2) / flat.shape[2]
+    ridge = covariance.diagonal(dim1=1, dim2=2).mean(dim=1) * 0.02 + 1e-4
+    unit = torch.eye(channels, device=flat.device)
+    # minus the inverse by sweeping each channel in turn (Goodnight 1979), in operations that ONNX has too
+    swept = covariance + ridge[:, None, None] * unit - 2 * unit
+    for k in range(channels):
+        v = swept[:, :, k] + unit[k]
+        swept = swept - v[:, :, None] * (v / (swept[:, k, k, None] + 2))[:, None, :]
+    precision = (-swept).diagonal(dim1=1, dim2=2)
+    scale = precision.rsqrt()
+    rows, columns = torch.triu_indices(channels, channels, offset=1, device=flat.device)
+    correlations = swept * scale[:, :, None] * scale[:, None, :]
+    return torch.cat([precision.log(), correlations[:, rows, columns]], dim=1)
+
+
 class LeakEncoder(nn.Module):
     """
     One noisy latent to one embedding: backbone, pooling over the latent grid, projection. Shared by all
@@ -213,24 +253,28 @@ class LeakEncoder(nn.Module):
             stem.pooler = nn.Identity()
         channels = self.backbone.channels[-1]
         if config.pooling == "statistics":
-            sizes = [6 * c + c * (c - 1) // 2 for c in (config.latent_channels, channels)]
-            self.norm = nn.BatchNorm1d(sum(sizes), affine=False)
-            self.projection = nn.Linear(sum(sizes), config.embedding_size)
+            latent = config.latent_channels
+            size = 7 * latent + latent * (latent - 1) + 6 * channels + channels * (channels - 1) // 2
+            self.norm = nn.BatchNorm1d(size, affine=False)
+            self.projection = nn.Linear(size, config.embedding_size)
         else:
             self.norm = nn.Identity()
             self.projection = nn.Linear(channels, config.embedding_size)
         self.dropout = nn.Dropout(config.feature_dropout)
 
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) -> embeddings (N, D), and the latents' own [`grid_statistics`] (N, S)"""
+    def pool(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) -> pooled features (N, F), and the latents' own [`grid_statistics`] (N, S)"""
         features = self.backbone(latents).feature_maps[-1]
         statistics = grid_statistics(latents)
-        if (
-            self.pooling == "statistics"
-        ):  # of the latents beside those of the features that the backbone finds in them
-            pooled = torch.cat([statistics, grid_statistics(features)], dim=1)
-        else:
-            pooled = features.mean(dim=(2, 3))
+        if self.pooling == "mean":
+            return features.mean(dim=(2, 3)), statistics
+        # of the latents beside those of the features that the backbone finds in them
+        described = [statistics, partial_correlations(latents), grid_statistics(features)]
+        return torch.cat(described, dim=1), statistics
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) -> embeddings (N, D), and the latents' own [`grid_statistics`] (N, S)"""
+        pooled, statistics = self.pool(latents)
         return self.projection(self.dropout(self.norm(pooled))), statistics
 
 
@@ -362,6 +406,9 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LatentWhitening):
             init.zeros_(module.mean)
             init.eye_(module.matrix)
+        elif isinstance(module, FeatureGate):  # every dimension counts the same at first
+            init.zeros_(module.output.weight)
+            init.zeros_(module.output.bias)
         elif isinstance(module, PrototypeHead):
             init.normal_(module.prototypes, std=0.5)
             init.zeros_(module.temperature_logit)
@@ -653,11 +700,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
                 f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
             )
         views = latents.shape[1:-3]  # () or (V,)
-        flat = latents.flatten(0, -4).to(self.device, torch.float32)  # (BV, C, H, W)
-        if self.whitening is not None:
-            flat = self.whitening(flat)
-        noise = self._noise(flat)
-        noisy = forward_diffusion(flat, noise, self.alphas_cumprod(), self.config.sigma_normalization)
+        noisy = self.simulate(latents.flatten(0, -4))  # (BV, T, C, H, W)
         encoded = self.encoder(noisy.flatten(0, 1).to(self.dtype))
         embeddings, statistics = (x.unflatten(0, noisy.shape[:2]) for x in encoded)  # (BV, T, D), (BV, T, S)
         gates = self.gate(embeddings)
@@ -676,6 +719,16 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         )
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def simulate(self, latents: torch.Tensor) -> torch.Tensor:
+        """z_0 to z_t at the config's timesteps: (N, C, H, W) -> (N, T, C, H, W)"""
+        latents = latents.to(self.device, torch.float32)
+        if self.whitening is not None:
+            latents = self.whitening(latents)
+        if self.config.contrast_normalization:
+            latents = normalize_contrast(latents)
+        noise = self._noise(latents)
+        return forward_diffusion(latents, noise, self.alphas_cumprod(), self.config.sigma_normalization)
 
     def _noise(self, latents: torch.Tensor) -> torch.Tensor:
         if self.training:  # fresh at every step

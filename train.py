@@ -32,6 +32,7 @@ from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.card_protoleak import write_card
 from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
+from protoleak.density_protoleak import shrunk
 from protoleak.evaluation_protoleak import evaluate_model, format_summary, predict
 from protoleak.files_protoleak import whole_folder, write_whole
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
@@ -66,12 +67,12 @@ class TrainingArguments:
         metadata={"help": "Autoencoder of a new model, Hub id or folder, instead of `config_name`'s."},
     )
     output_dir: str = field(default="runs/protoleak", metadata={"help": "Where the checkpoint is written."})
-    num_train_epochs: int = field(default=60, metadata={"help": "Epochs at most."})
+    num_train_epochs: int = field(default=40, metadata={"help": "Epochs at most."})
     patience: int = field(
-        default=15, metadata={"help": "Epochs without a better validation loss before it stops."}
+        default=10, metadata={"help": "Epochs without a better validation loss before it stops."}
     )
     batch_size: int = field(default=64, metadata={"help": "Images a step and process."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak of AdamW's learning rate."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak of AdamW's learning rate."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are clipped to this norm."})
     ema_decay: float = field(default=0.98, metadata={"help": "Of the moving average of the weights."})
@@ -127,6 +128,73 @@ def make_model(
         model = ProtoLeakForImageAttribution(config)
         model.attach_vae(vae)
     return model, processor
+
+
+@torch.no_grad()
+def begin_as_discriminant(
+    model: ProtoLeakForImageAttribution, train: RandomView, validation: TensorDataset,
+    most_samples: int = 10_000,
+) -> None:  # fmt: skip
+    """
+    Make a new network a shrunk linear discriminant of its pooled features, from where it learns on: the
+    projection's first dimensions are those that tell the classes apart, in units in which a class has unit
+    covariance, and all prototypes of a class begin near its mean. Classes count alike, however many images
+    they have. Shrinkage and scale are those that make the validation images likeliest.
+
+    Args:
+        model, train, validation: As in [`fit`].
+        most_samples (`int`): Views of training images, their crops counted one by one, that are looked at.
+    """
+    encoder, head = model.protoleak.encoder, model.head
+    num_labels, size = model.config.num_labels, model.config.embedding_size
+
+    def pooled(views: list[TensorDataset], together: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features averaged over timesteps, and over crops if `together`, (n, F), and labels (n,)"""
+        features, labels = [], []
+        for latents, targets in DataLoader(torch.utils.data.ConcatDataset(views), 64):
+            noisy = model.protoleak.simulate(latents.flatten(0, -4))
+            count = len(latents) if together else len(noisy)
+            made = encoder.pool(noisy.flatten(0, 1))[0]
+            features.append(made.unflatten(0, (count, -1)).mean(dim=1).cpu())
+            labels.append(targets.repeat_interleave(count // len(targets)))
+        return torch.cat(features), torch.cat(labels)
+
+    crops = math.prod(train.views[0].tensors[0].shape[1:-3])
+    order = torch.randperm(len(train))[: max(num_labels, most_samples // crops)]
+    count = max(1, min(len(train.views), most_samples // (len(order) * crops)))
+    places = np.linspace(0, len(train.views) - 1, count).round().astype(int)
+    seen = [torch.utils.data.Subset(train.views[place], order) for place in places]
+    model.train()
+    pooled(seen[:1], together=False)  # settles the statistics of the backbone's norms
+    model.eval()
+    (features, labels), (held_out, targets) = pooled(seen, False), pooled([validation], True)
+    if isinstance(encoder.norm, torch.nn.BatchNorm1d):
+        encoder.norm.running_mean.copy_(features.mean(dim=0))
+        encoder.norm.running_var.copy_(features.var(dim=0))
+        features, held_out = encoder.norm.cpu()(features), encoder.norm(held_out)
+        encoder.norm.to(model.device)
+    means = torch.stack([features[labels == k].mean(dim=0) for k in range(num_labels)])
+    weights = 1 / labels.bincount(minlength=num_labels)[labels] / num_labels
+    deviations = (features - means[labels]) * weights.sqrt()[:, None]
+    covariance, centre = (deviations.T @ deviations).double(), means.double().mean(dim=0)
+    means, held_out = means.double() - centre, held_out.double() - centre
+    best = {"loss": math.inf}
+    for shrinkage in (0.05, 0.1, 0.2, 0.4, 0.7, 0.9):
+        factor = torch.linalg.cholesky(shrunk(covariance, shrinkage))
+        whitened = torch.linalg.solve_triangular(factor, means.T, upper=False)  # (F, K)
+        axes = torch.linalg.svd(whitened, full_matrices=False)[0][:, : min(num_labels - 1, size)]
+        projection = torch.linalg.solve_triangular(factor.T, axes, upper=True)  # (F, K - 1)
+        distances = torch.cdist(held_out @ projection, means @ projection).square()
+        for scale in np.geomspace(0.05, 1.0, 25):
+            loss = torch.nn.functional.cross_entropy(-distances * scale**2 / 2, targets).item()
+            if loss < best["loss"]:
+                best = {"loss": loss, "shrinkage": shrinkage, "projection": projection * scale}
+    logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", best)
+    projection = best["projection"]
+    used = projection.shape[1]
+    encoder.projection.weight.zero_()[:used] = projection.T
+    encoder.projection.bias.zero_()[:used] = -(centre @ projection)
+    head.prototypes.normal_(std=0.1)[..., :used] += (means @ projection)[:, None].to(head.prototypes)
 
 
 def fit(
@@ -301,6 +369,8 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     if model.protoleak.whitening is not None and not arguments.model_name_or_path:
         model.protoleak.whitening.fit(data["train"].tensors[0])
     encoded = time.perf_counter()
+    if not arguments.model_name_or_path:
+        begin_as_discriminant(model, seen, data["validation"])
     scorer, model.config.scorer = model.config.scorer, "prototype"  # the others are fitted after training
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
