@@ -128,6 +128,10 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         n_folds (`int`, defaults to 5): Folds of the choice; sample i is in fold i % n_folds.
         block_size (`int`, defaults to 2048): Rows and columns of a block of distances: 32 MB in float64.
         device (`str`, defaults to `"cpu"`): Where it is computed; a device without float64 (mps) won't do.
+        dtype (`str`, defaults to `"float64"`):
+            Of the distances: `"float32"` takes half the memory and time, and log densities are then off by
+            about 1e-6 of |x|^2 / h^2 (|x| from the samples' mean), because a squared distance is the small
+            difference of large numbers. Sums over blocks are in float64 either way.
     """
 
     def __init__(
@@ -137,15 +141,19 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
         n_folds: int = 5,
         block_size: int = 2048,
         device: str = "cpu",
+        dtype: str = "float64",
     ):
         self.bandwidth, self.bandwidths, self.n_folds = bandwidth, bandwidths, n_folds
-        self.block_size, self.device = block_size, device
+        self.block_size, self.device, self.dtype = block_size, device, dtype
 
     def fit(self, X: Any, y: Any = None) -> "GaussianKDE":  # noqa: N803 (scikit-learn's names)
         """Keep the samples X of shape (n, D) and choose the bandwidth. `y` is ignored."""
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64'; got dtype={self.dtype!r}")
         samples = _as_tensor(X, self.device)
         self.mean_ = samples.mean(dim=0)
-        self.samples_ = samples - self.mean_  # centred: less cancellation in the distances
+        # centred: less cancellation in the distances
+        self.samples_ = (samples - self.mean_).to(getattr(torch, self.dtype))
         if self.bandwidth is not None:
             if not self.bandwidth > 0:
                 raise ValueError(f"bandwidth must be positive; got bandwidth={self.bandwidth!r}")
@@ -168,7 +176,7 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
             )
         scores = [
             self._log_kernel_sums(block, self.samples_, [self.bandwidth_])[0]
-            for block in (queries - self.mean_).split(self.block_size)
+            for block in (queries - self.mean_).to(self.samples_.dtype).split(self.block_size)
         ]
         return (torch.cat(scores) + self._log_norm(self.bandwidth_, len(self.samples_))).cpu().numpy()
 

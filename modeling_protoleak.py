@@ -406,9 +406,6 @@ class ProtoLeakPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LatentWhitening):
             init.zeros_(module.mean)
             init.eye_(module.matrix)
-        elif isinstance(module, FeatureGate):  # every dimension counts the same at first
-            init.zeros_(module.output.weight)
-            init.zeros_(module.output.bias)
         elif isinstance(module, PrototypeHead):
             init.normal_(module.prototypes, std=0.5)
             init.zeros_(module.temperature_logit)

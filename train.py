@@ -80,7 +80,7 @@ class TrainingArguments:
         default=8, metadata={"help": "Cached views of a training image: 1, 2 (mirrored) or 8 (and turned)."}
     )
     augmented_views: int = field(
-        default=0,
+        default=8,
         metadata={
             "help": "More cached views of a training image: post-processed by 1 to 3 random operators."
         },
@@ -192,6 +192,8 @@ def begin_as_discriminant(
     logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", best)
     projection = best["projection"]
     used = projection.shape[1]
+    for parameter in model.protoleak.gate.output.parameters():
+        parameter.zero_()  # every dimension weighs a half
     encoder.projection.weight.zero_()[:used] = projection.T
     encoder.projection.bias.zero_()[:used] = -(centre @ projection)
     head.prototypes.normal_(std=0.1)[..., :used] += (means @ projection)[:, None].to(head.prototypes)
@@ -218,16 +220,19 @@ def fit(
     average = EMAModel(parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=1.0)
     state = TrainingState(Path(arguments.output_dir) / STATE_FILE, arguments, accelerator)
     history, best_weights = state.load(model, optimizer, schedule, average)
+    if not history:  # row 0 is the start
+        history = [{"epoch": 0, **_validate(wrapped, validation, accelerator)}]
+        best_weights = _network_weights(model)
     bar = tqdm(
-        range(len(history), arguments.num_train_epochs),
-        initial=len(history),
+        range(len(history), arguments.num_train_epochs + 1),
+        initial=len(history) - 1,
         total=arguments.num_train_epochs,
         desc="epochs",
         disable=not accelerator.is_main_process,
     )
     for epoch in bar:
-        best = min(history, key=lambda r: r["validation_loss"]) if history else {"validation_loss": math.inf}
-        if history and epoch - 1 - best["epoch"] >= arguments.patience:
+        best = min(history, key=lambda r: r["validation_loss"])
+        if epoch - 1 - best["epoch"] >= arguments.patience:
             break
         set_seed(arguments.seed + 1_000_003 * (epoch + 1), device_specific=True)
         order.manual_seed(arguments.seed + epoch)
@@ -245,16 +250,8 @@ def fit(
             losses.append(loss.item())
         average.store(parameters)
         average.copy_to(parameters)
-        predictions = predict(wrapped, validation, accelerator)
-        truth = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
-        row = {
-            "epoch": epoch,
-            "train_loss": float(np.mean(losses)),
-            "validation_loss": float(-np.log(truth.clip(1e-12)).mean()),
-            "validation_accuracy": float(
-                (predictions.probabilities.argmax(axis=1) == predictions.labels).mean()
-            ),
-        }
+        row = {"epoch": epoch, "train_loss": float(np.mean(losses))}
+        row |= _validate(wrapped, validation, accelerator)
         history.append(row)
         accelerator.log(row, step=epoch)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
@@ -266,6 +263,15 @@ def fit(
         state.save(model, optimizer, schedule, average, history, best_weights)
     model.load_state_dict(best_weights, strict=False)
     return history
+
+
+def _validate(model, validation: TensorDataset, accelerator: Accelerator) -> dict[str, float]:
+    made = predict(model, validation, accelerator)
+    truth = made.probabilities[np.arange(len(made.labels)), made.labels]
+    return {
+        "validation_loss": float(-np.log(truth.clip(1e-12)).mean()),
+        "validation_accuracy": float((made.probabilities.argmax(axis=1) == made.labels).mean()),
+    }
 
 
 class TrainingState:
@@ -366,13 +372,20 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         ]
     )
     data["train"] = seen.views[0]
+    validation = data["validation"]
+    if arguments.augmented_views:  # what is learned from is also what is kept by
+        view = {"operator": "step2", "seed": arguments.seed}
+        processed = encode_split(splits["validation"], label_names, model, processor, accelerator, **view)
+        both = zip(validation.tensors, processed.tensors, strict=True)
+        validation = TensorDataset(*map(torch.cat, both))
     if model.protoleak.whitening is not None and not arguments.model_name_or_path:
         model.protoleak.whitening.fit(data["train"].tensors[0])
     encoded = time.perf_counter()
     if not arguments.model_name_or_path:
-        begin_as_discriminant(model, seen, data["validation"])
+        begin_as_discriminant(model, seen, validation)
+    begun = time.perf_counter()
     scorer, model.config.scorer = model.config.scorer, "prototype"  # the others are fitted after training
-    history = fit(model, seen, data["validation"], arguments, accelerator)
+    history = fit(model, seen, validation, arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
     model.fit_density(known["train"], known["validation"])
@@ -382,13 +395,14 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     unknown_names = splits["unknown"]["label"] if "unknown" in splits else None
     summary = {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
-        "epochs": len(history),
+        "epochs": len(history) - 1,
         **evaluate_model(model, data["test"], data.get("unknown"), accelerator, unknown_names),
         "history": history,
     }
     summary["seconds"] = {
         "encoding": round(encoded - started, 1),
-        "training": round(trained - encoded, 1),
+        "discriminant": round(begun - encoded, 1),
+        "training": round(trained - begun, 1),
         "total": round(time.perf_counter() - started, 1),
     }
     if accelerator.is_main_process:

@@ -4,6 +4,7 @@ What each part of the method is worth: the bundled recipe against itself with on
     python benchmarks/ablation.py [--dataset NAME] [--epochs N] [--seeds N] [--only WORDS]
 
 Mean over seeds, from the lowest to the highest in brackets. --only takes variants whose name has these words.
+--augmented_views is train.py's, here 0 unless it is given: that halves the time.
 """
 
 import argparse
@@ -12,10 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import protoleak.modeling_protoleak
+import protoleak.train
 import torch
+from datasets import DatasetDict
+from protoleak.data_protoleak import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
 
@@ -41,16 +47,37 @@ def no_gate(gate: FeatureGate, embeddings: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(embeddings)
 
 
+def nothing(latents: torch.Tensor) -> torch.Tensor:
+    """Zeros for [`partial_correlations`], so that the network keeps its shape."""
+    channels = latents.shape[1]
+    return latents.new_zeros(len(latents), channels + channels * (channels - 1) // 2)
+
+
+def shuffled(name: list[str], seed: int) -> DatasetDict:
+    """The control: training and validation images with one another's labels."""
+    splits = load_splits(name, seed)
+    for split in ("train", "validation"):
+        labels = np.random.default_rng(seed).permutation(splits[split]["label"])
+        splits[split] = splits[split].remove_columns("label").add_column("label", labels.tolist())
+    return splits
+
+
 def backbone(width: int, depth: int = 1) -> dict:
     values = {"model_type": "resnet", "embedding_size": width, "hidden_sizes": [width], "depths": [depth]}
     return {"backbone_config": values | {"layer_type": "basic"}}
 
 
 # name: (fields of the config, of the training arguments, and methods that are replaced)
-Variant = tuple[dict, dict, list[tuple[type, str, Callable]]]
+Variant = tuple[dict, dict, list[tuple[Any, str, Callable]]]
 VARIANTS: dict[str, Variant] = {
     "the bundled recipe": ({}, {}, []),
+    "control: labels shuffled": ({}, {}, [(protoleak.train, "load_splits", shuffled)]),
     "latents not whitened": ({"latent_whitening": False}, {}, []),
+    "contrast not normalised": ({"contrast_normalization": False}, {}, []),
+    "a random start, learning rate 1e-3": (
+        {}, {"learning_rate": 1e-3}, [(protoleak.train, "begin_as_discriminant", lambda *_: None)],
+    ),
+    "no partial correlations": ({}, {}, [(protoleak.modeling_protoleak, "partial_correlations", nothing)]),
     "t = 0 alone": ({"timesteps": [0]}, {}, []),
     "t = 0, 50, 150, 300": ({"timesteps": [0, 50, 150, 300]}, {}, []),
     "z_t divided by sigma_t, t = 25, 50": ({"timesteps": [25, 50], "sigma_normalization": True}, {}, []),
@@ -102,15 +129,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="")
+    parser.add_argument("--augmented_views", type=int, default=0)
     arguments = parser.parse_args()
-    crops = {} if "leakzoo" in arguments.dataset else {"crop_size": 128, "num_crops": 4}
+    more = {"augmented_views": arguments.augmented_views}
+    if "leakzoo" not in arguments.dataset:
+        more |= {"crop_size": 128, "num_crops": 4, "orientations": 2}
     print(f"{arguments.seeds} seeds, {arguments.epochs} epochs\n")
     print("| variant | Macro AUC | accuracy | open-set AUROC |\n| --- | --- | --- | --- |", flush=True)
     for name, variant in VARIANTS.items():
         if arguments.only not in name:
             continue
         runs = [
-            run(variant, arguments.dataset, arguments.epochs, seed, crops) for seed in range(arguments.seeds)
+            run(variant, arguments.dataset, arguments.epochs, seed, more) for seed in range(arguments.seeds)
         ]
         cells = []
         for figure in ("macro_auc", "accuracy", "auroc"):

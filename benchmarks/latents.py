@@ -17,7 +17,7 @@ from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakIm
 from protoleak.data_protoleak import load_splits
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
-from protoleak.modeling_protoleak import LatentWhitening, grid_statistics
+from protoleak.modeling_protoleak import LatentWhitening, grid_statistics, normalize_contrast
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 
@@ -25,12 +25,11 @@ HERE = Path(__file__).parent.parent
 
 
 @torch.no_grad()
-def statistics_of(pixels: torch.Tensor, encode: Callable, whitening: LatentWhitening | None) -> np.ndarray:
+def statistics_of(pixels: torch.Tensor, encode: Callable, change: Callable) -> np.ndarray:
     """(N, V, 3, S, S) -> (N, V, number of statistics)"""
     made = []
     for batch in pixels.split(8):
-        latents = encode(batch.flatten(0, 1))
-        made.append(grid_statistics(latents if whitening is None else whitening(latents)))
+        made.append(grid_statistics(change(encode(batch.flatten(0, 1)))))
     return torch.cat(made).unflatten(0, pixels.shape[:2]).numpy()
 
 
@@ -74,8 +73,13 @@ def main() -> None:
         latents = torch.cat([encode(batch.flatten(0, 1)) for batch in pixels["train"].split(8)])
         whitening = LatentWhitening(latents.shape[1])
         whitening.fit(latents)
-        for title, how in (("as they are", None), ("whitened", whitening)):
-            features = {split: statistics_of(part, encode, how) for split, part in pixels.items()}
+        changes = {
+            "as they are": lambda z: z,
+            "whitened": whitening,
+            "whitened, contrast normalised": lambda z, whiten=whitening: normalize_contrast(whiten(z)),
+        }
+        for title, change in changes.items():
+            features = {split: statistics_of(part, encode, change) for split, part in pixels.items()}
             cells = [f"{value:.3f}" for value in figures(features, labels)]
             print(f"| {name}, {title} | {' | '.join(cells)} |", flush=True)
 

@@ -31,7 +31,7 @@ def leave_out(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    epochs = int(sys.argv[2]) if sys.argv[1:2] == ["--num_train_epochs"] else 30
+    epochs = int(sys.argv[2]) if sys.argv[1:2] == ["--num_train_epochs"] else 40
     names = sorted(set(load_splits(str(HERE / "leakzoo"))["test"]["label"]) - {REAL})
     found: dict[str, list[float]] = {}
     for name in names:

@@ -1,25 +1,32 @@
 """
 Images by real generators: the method with the bundled VAE, or another, beside a baseline on pixels.
 
-    python benchmarks/realworld.py PATH [--vae taef2 | --vae HUB_ID_OR_FOLDER] [any argument of train.py]
+    python benchmarks/realworld.py PATH [--vae taef2 | both | HUB_ID_OR_FOLDER] [any argument of train.py]
 
-PATH is any data set that train.py takes, of images of at least 256 pixels a side. Training uses the train
-split and stops by the validation split; the baseline is fitted on both. "taef2" is the encoder in
-PATH/../taef2, a tiny autoencoder distilled from FLUX.2's, for measuring alone.
+PATH is any data set that train.py takes, of images of at least 256 pixels a side. The baseline is fitted on
+its train and validation splits; Proto-LeakNet on the same images, but for a tenth of them, whole groups
+(`group`, where there is such a column), which it stops and calibrates by. "taef2" is the encoder in
+PATH/../taef2, a tiny autoencoder distilled from FLUX.2's, for measuring alone; "both" is its latents beside
+those of the bundled VAE.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import protoleak.train
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from protoleak.data_protoleak import groups_of, load_splits
 from protoleak.evaluation_protoleak import format_report, format_summary, summarize
+from protoleak.modeling_protoleak import load_autoencoder
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
@@ -27,7 +34,8 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parent))
 from baselines import linear_predictions, load_pixels, radial_spectra
 
-DEFAULTS = "--output_dir runs/realworld --crop_size 128 --num_crops 4 --num_train_epochs 150 --patience 40"
+HERE = Path(__file__).parent.parent
+DEFAULTS = "--output_dir runs/realworld --crop_size 128 --num_crops 4 --orientations 2 --augmented_views 0"
 
 
 class Taef2Block(nn.Module):
@@ -71,6 +79,33 @@ class Taef2Encoder(ModelMixin, ConfigMixin):
         return SimpleNamespace(latents=self.layers(pixel_values / 2 + 0.5))
 
 
+class BothEncoders(ModelMixin, ConfigMixin):
+    """The bundled VAE's latents, and TAEF2's brought to their grid, as the channels of one."""
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 80, scaling_factor: float = 1.0, block_out_channels=(64,) * 3):
+        super().__init__()
+        self.bundled, self.taef2 = load_autoencoder(HERE, "vae"), Taef2Encoder()
+
+    def encode(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """(N, 3, H, W) in [-1, 1] -> latents (N, 80, H / 4, W / 4)"""
+        fine, coarse = self.bundled.encode(pixel_values).latent, self.taef2.encode(pixel_values).latents
+        return SimpleNamespace(latents=torch.cat([fine, F.interpolate(coarse, fine.shape[-2:])], dim=1))
+
+
+def join(path: str, folder: str) -> None:
+    """Train and validation made one, a tenth of which, whole groups, is the validation split that is left."""
+    splits = load_splits(path)
+    rows = datasets.concatenate_datasets([splits["train"], splits["validation"]])
+    groups = groups_of(rows)
+    groups = np.arange(len(rows)) if groups is None else groups
+    folds = StratifiedGroupKFold(10, shuffle=True, random_state=0)
+    kept, held_out = next(folds.split(groups, rows["label"], groups))
+    splits |= {"train": rows.select(kept), "validation": rows.select(held_out)}
+    for split, part in splits.items():
+        part.cast_column("image", datasets.Image()).to_parquet(f"{folder}/{split}.parquet")
+
+
 def block_dct(pixels: torch.Tensor, size: int = 8) -> np.ndarray:
     """Log standard deviation of every coefficient of the luminance's block DCT. (N, 3, H, W) -> (N, 64)"""
     place = torch.arange(size, dtype=torch.float32)
@@ -97,15 +132,18 @@ def main() -> None:
         place = rest.index("--vae")
         name = rest[place + 1]
         rest[place : place + 2] = ["--vae_name_or_path", name]
-        if name == "taef2":
-            encoder = Taef2Encoder.load(Path(path).resolve().parent / "taef2")
+        if name in ("taef2", "both"):
+            encoder = taef2 = Taef2Encoder.load(Path(path).resolve().parent / "taef2")
+            if name == "both":
+                encoder = BothEncoders().eval()
+                encoder.taef2 = taef2
             protoleak.train.load_autoencoder = lambda name, subfolder: encoder
-    arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
-        ["--dataset_name", path, *DEFAULTS.split(), *rest]
-    )[0]
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
     print(format_summary(baseline(path)))
-    summary = train(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        join(path, folder)
+        words = ["--dataset_name", folder, *DEFAULTS.split(), *rest]
+        summary = train(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0])
     print(f"\nProto-LeakNet, {summary['epochs']} epochs, {summary['seconds']['total']} s")
     print(format_report(summary))
 

@@ -35,6 +35,18 @@ def blobs():
     return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
 
 
+def test_float32_is_off_by_no_more_than_is_said(blobs):
+    samples, _, queries = blobs
+    for bandwidth in (0.1, 0.5, 2.0):
+        exact, single = (GaussianKDE(bandwidth, dtype=t).fit(samples) for t in ("float64", "float32"))
+        bound = 1e-6 * np.square(queries - samples.mean(axis=0)).sum(axis=1) / bandwidth**2
+        off = np.abs(single.score_samples(queries) - exact.score_samples(queries))
+        assert np.all(off < bound)
+        assert off.max() > 1e-8  # it is another precision indeed
+    with pytest.raises(ValueError, match="dtype must be 'float32' or 'float64'"):
+        GaussianKDE(1.0, dtype="float16").fit(samples)
+
+
 @pytest.mark.parametrize("bandwidth", [0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("block_size", [7, 4096])
 def test_kde_equals_brute_force_scikit_learn(blobs, bandwidth, block_size):

@@ -1,6 +1,9 @@
 """`protoleak evaluate` and `protoleak robustness`, and the figures that they print."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,3 +130,21 @@ def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):  # noqa
     assert set(load_unknown(str(folder / "unknown/c"))["label"]) == {"unknown"}
     assert set(load_unknown(str(folder / "unknown"))["label"]) == {"c"}
     assert len(load_unknown(str(folder / "unknown"))) == 8
+
+
+def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: F811
+    train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
+    command = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder), "--noise_seeds", "1"]
+    assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    run = subprocess.run(
+        [*launch, "-m", "protoleak.cli_protoleak", *command, "--output_dir", str(tmp_path / "two")],
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, two = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two"))
+    assert run.stdout.count("Macro AUC, closed set") == 1
+    assert two["confusion"] == one["confusion"]
+    for name, value in one["figures"].items():
+        assert two["figures"][name] == pytest.approx(value, abs=1e-6), name

@@ -9,7 +9,14 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
 from protoleak.density_protoleak import OPEN_SET_SCORES
-from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion, grid_statistics, load_vae
+from protoleak.modeling_protoleak import (
+    PrototypeHead,
+    forward_diffusion,
+    grid_statistics,
+    load_vae,
+    normalize_contrast,
+    partial_correlations,
+)
 from safetensors.torch import load_file, save_file
 
 from . import ROOT
@@ -65,6 +72,33 @@ def test_gradient_of_grid_statistics_is_that_of_finite_differences(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # gradcheck needs double precision
     features = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(grid_statistics, features)
+
+
+def test_partial_correlations_are_the_inverse_covariances():
+    features = latents(2, 5, 6) * torch.tensor([1, 2, 3, 0.5, 0]).view(5, 1, 1)  # one channel is constant
+    features[:, 1] += features[:, 0]
+    for row, image in zip(partial_correlations(features), features.double().numpy(), strict=True):
+        covariance = np.cov(image.reshape(5, -1), bias=True)
+        ridge = covariance.trace() / 5 * 0.02 + 1e-4
+        precision = np.linalg.inv(covariance + ridge * np.eye(5))
+        scale = np.sqrt(np.diag(precision))
+        expected = (-precision / np.outer(scale, scale))[np.triu_indices(5, 1)]
+        np.testing.assert_allclose(row, [*np.log(np.diag(precision)), *expected], atol=1e-4)
+
+
+def test_contrast_normalization_makes_flat_and_busy_places_alike():
+    features = latents(2, 6, 4)
+    busy = torch.ones(4, 4)
+    busy[:2] = 100.0
+    made = normalize_contrast(features * busy)
+    torch.testing.assert_close(made, normalize_contrast(features), rtol=0, atol=1e-2)
+    torch.testing.assert_close(made.square().mean(dim=1), torch.ones(2, 4, 4), rtol=0, atol=1e-2)
+    model = tiny_model(contrast_normalization=True, timesteps=[0])
+    seen = model(latents=features[:, :4], output_noisy_latents=True).noisy_latents[:, 0]
+    abar = model.protoleak.alphas_cumprod()[0]
+    noise = model.protoleak.evaluation_noise(seen.shape[1:])[0]
+    expected = abar.sqrt() * normalize_contrast(features[:, :4]) + (1 - abar).sqrt() * noise
+    torch.testing.assert_close(seen, expected)
 
 
 def test_prototype_scores_are_the_formula():

@@ -13,10 +13,12 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import content_key, encode_split, load_splits
+from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
 from protoleak.evaluation_protoleak import predict, summarize
-from protoleak.train import TrainingArguments, train
+from protoleak.train import TrainingArguments, begin_as_discriminant, train
 from safetensors.torch import load_file
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch.utils.data import TensorDataset
 
 from . import ROOT
 from .conftest import tiny_config, tiny_model, tiny_vae
@@ -64,6 +66,7 @@ def _cache_in_tmp_path(tmp_path, monkeypatch):
 
 def arguments(tmp_path, folder, recipe, **changes) -> TrainingArguments:
     values = {"dataset_name": [str(folder)], "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
+    values["augmented_views"] = 1
     return TrainingArguments(
         **values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes
     )
@@ -102,6 +105,33 @@ def test_a_recipe_with_another_scorer_trains_and_uses_it(tmp_path, folder, recip
     assert ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run").config.scorer == "llr"
 
 
+def test_a_new_network_begins_as_scikit_learns_discriminant():
+    """Of the pooled features of the training images, with the shrinkage that validation chose."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    tint = torch.randn(3, 4, 1, 1, generator=rng)
+    data = TensorDataset(torch.randn(90, 4, 8, 8, generator=rng) + tint[labels], labels)
+    model = tiny_model(pooling="statistics", timesteps=[0])
+    begin_as_discriminant(model, RandomView([data]), data)
+    model.eval()
+    encoder = model.protoleak.encoder
+    with torch.no_grad():
+        output = model(latents=data.tensors[0])
+        features = encoder.norm(encoder.pool(model.protoleak.simulate(data.tensors[0]).flatten(0, 1))[0])
+    assert (output.logits.argmax(dim=1) == labels).all()
+    agreed = []
+    for shrinkage in (0.05, 0.1, 0.2, 0.4, 0.7, 0.9):
+        theirs = LinearDiscriminantAnalysis(solver="eigen", shrinkage=shrinkage).fit(
+            features.numpy(), labels.numpy()
+        )
+        ours, axes = output.embeddings[:, :2].numpy(), theirs.transform(features.numpy())
+        # the same plane, whatever its axes: each of ours is a linear map of theirs
+        mapped = axes @ np.linalg.lstsq(axes, ours - ours.mean(0), rcond=None)[0]
+        agreed.append(np.abs(ours - ours.mean(0) - mapped).max() / np.abs(ours).max())
+    assert min(agreed) < 0.05, agreed
+    torch.testing.assert_close(output.gates, torch.full_like(output.gates, 0.5))
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
     short = {"num_train_epochs": 2}
     first = train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "one"), **short))
@@ -114,6 +144,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
 def command(tmp_path, folder, recipe, run: str, *more: str) -> list[str]:
     """train.py as a process of its own."""
     values = {"dataset_name": folder, "config_name": recipe, "output_dir": tmp_path / run, "batch_size": 8}
+    values["augmented_views"] = 1
     return [str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in values.items()), *more]
 
 
