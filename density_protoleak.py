@@ -7,6 +7,7 @@ as a pickle of plain containers, numbers and bytes, which needs no import and is
 allows none.
 """
 
+import inspect
 import io
 import math
 import os
@@ -19,8 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.mixture import GaussianMixture
 
 from .files_protoleak import write_whole
 
@@ -95,6 +94,25 @@ class _Stateful:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
+class _Estimator:
+    """
+    The parameters of scikit-learn's estimators, which `clone` and searches ask for: those of `__init__`. Not
+    by its base class, because importing scikit-learn takes half a second, and a verdict needs nothing of it.
+    """
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def set_params(self, **params: Any) -> "_Estimator":
+        if unknown := set(params) - set(self.get_params()):
+            raise ValueError(f"{type(self).__name__} has no parameters {sorted(unknown)}")
+        vars(self).update(params)
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
+
+
 def _as_tensor(array: Any, device: str | torch.device = "cpu") -> torch.Tensor:
     tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, torch.Tensor) else array)
     tensor = tensor.detach().to(device=device, dtype=torch.float64)
@@ -110,7 +128,7 @@ def _as_tensor(array: Any, device: str | torch.device = "cpu") -> torch.Tensor:
 # --- kernel density -----------------------------------------------------------------------------------------
 
 
-class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
+class GaussianKDE(_Estimator, _Stateful):
     r"""
     Exact Gaussian kernel density with scikit-learn's estimator interface:
     log p(x) = logsumexp_i(-|x - x_i|^2 / 2 h^2) - log n - D/2 log(2 pi h^2).
@@ -228,7 +246,7 @@ class GaussianKDE(DensityMixin, BaseEstimator, _Stateful):
 # --- class scorers ------------------------------------------------------------------------------------------
 
 
-class ClassScorer(BaseEstimator, _Stateful):
+class ClassScorer(_Estimator, _Stateful):
     """
     `fit(X, y)` on embeddings (n, D) and labels 0..K-1; `score_samples(X)` gives class scores (n, K), higher
     is likelier.
@@ -307,6 +325,8 @@ class GMMScorer(ClassScorer):
         self.n_components, self.variance_floor, self.seed = n_components, variance_floor, seed
 
     def _fit(self, samples, labels, num_labels):
+        from sklearn.mixture import GaussianMixture
+
         self.mean_, self.scale_ = samples.mean(dim=0), samples.std(dim=0, correction=0).clamp_min(1e-12)
         mixtures = []
         for members in _by_class((samples - self.mean_) / self.scale_, labels, num_labels):
@@ -371,7 +391,7 @@ SCORERS = {"mahalanobis": MahalanobisScorer, "gmm": GMMScorer, "kde": KDEScorer,
 # --- open-set scores ----------------------------------------------------------------------------------------
 
 
-class OpenSetScore(BaseEstimator):
+class OpenSetScore(_Estimator):
     """
     `fit(X, y)` on embeddings (n, D) of known classes and labels 0..K-1; `score_samples(X)` (n,) is higher the
     more an embedding is like theirs.
