@@ -82,7 +82,7 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert report["figures"]["macro_auc"] == pytest.approx(trained["macro_auc"], abs=1e-6)
     assert np.sum(report["confusion"]) == 24
     assert report["noise"]["macro_auc"][0] == report["figures"]["macro_auc"]
-    assert len(set(report["noise"]["auroc"])) > 1, "another noise, other scores"
+    assert any(len(set(v)) > 1 for v in report["noise"].values()), report["noise"]
     assert report["shuffled_macro_auc"] == pytest.approx(0.5, abs=0.1)
     for title in TITLES.values():
         assert title in printed.out
@@ -144,7 +144,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: 
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     one, two = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two"))
-    assert run.stdout.count("Macro AUC, closed set") == 1
+    assert run.stdout.count("24 test images of known classes") == 1  # by the main process alone
     assert two["confusion"] == one["confusion"]
     for name, value in one["figures"].items():
         assert two["figures"][name] == pytest.approx(value, abs=1e-6), name
