@@ -289,8 +289,8 @@ def _within_class_covariance(
 
 
 def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """A covariance (D, D), drawn to a multiple of the identity."""
-    target = torch.full_like(covariance.diagonal(), covariance.diagonal().mean())
+    """A covariance (D, D), drawn to a multiple of the identity, which is never zero."""
+    target = torch.full_like(covariance.diagonal(), covariance.diagonal().mean().clamp_min(1e-9))
     return (1 - shrinkage) * covariance + shrinkage * target.diag()
 
 

@@ -35,6 +35,16 @@ def blobs():
     return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
 
 
+@pytest.mark.parametrize("name", OPEN_SET_SCORES)
+def test_embeddings_of_two_classes_on_a_line_are_scored(name):
+    """As a network of two classes begins: one dimension tells them apart, the others are zero."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 2
+    samples = np.zeros((60, 5))
+    samples[:, 0] = labels * 6 - 3 + rng.normal(size=60) / 2
+    scores = OPEN_SET_SCORES[name]().fit(samples, labels).score_samples(samples)
+    assert np.isfinite(scores).all()
+
+
 def test_float32_is_off_by_no_more_than_is_said(blobs):
     samples, _, queries = blobs
     for bandwidth in (0.1, 0.5, 2.0):
