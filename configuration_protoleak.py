@@ -37,8 +37,8 @@ class ProtoLeakConfig(PreTrainedConfig):
             1, as is usual for inputs as small as latents.
         pooling (`str`, defaults to `"mean"`):
             How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or
-            `"statistics"`, mean, log standard deviation, cross-channel correlations and neighbour
-            autocorrelations over the grid.
+            `"statistics"`, moments, cross-channel correlations and neighbour autocorrelations over the grid,
+            of the latents beside those of the features, and the latents' partial correlations.
         embedding_size (`int`, defaults to 128): D, at least 1.
         latent_channels (`int`, defaults to 4): Channels of the VAE's latents, at least 1.
         latent_whitening (`bool`, defaults to `False`):

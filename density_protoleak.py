@@ -147,8 +147,9 @@ class GaussianKDE(_Estimator, _Stateful):
         block_size (`int`, defaults to 2048): Rows and columns of a block of distances: 32 MB in float64.
         device (`str`, defaults to `"cpu"`): Where it is computed; a device without float64 (mps) won't do.
         dtype (`str`, defaults to `"float64"`):
-            Of the distances: `"float32"` takes half the memory, and log densities are then off by about 1e-6 of |x|^2 / h^2 (|x| from the samples' mean), because a squared distance is the small
-            difference of large numbers. Sums over blocks are in float64 either way.
+            Of the distances: `"float32"` takes half the memory, and log densities are then off by about 1e-6
+            of |x|^2 / h^2 (|x| from the samples' mean), because a squared distance is the small difference of
+            large numbers. Sums over blocks are in float64 either way.
     """
 
     def __init__(
