@@ -160,7 +160,11 @@ def begin_as_discriminant(
         return torch.cat(features), torch.cat(labels)
 
     crops = math.prod(train.views[0].tensors[0].shape[1:-3])
-    order = torch.randperm(len(train))[: max(num_labels, most_samples // crops)]
+    order = torch.randperm(len(train))
+    of_class = torch.nn.functional.one_hot(train.views[0].tensors[1][order], num_labels)
+    rank = (of_class.cumsum(dim=0) * of_class).sum(dim=1)  # the how-manieth of its class an image is
+    most_images = max(num_labels, most_samples // crops)
+    order = order[rank.argsort(stable=True)[:most_images].sort().values]  # no class is missed
     count = max(1, min(len(train.views), most_samples // (len(order) * crops)))
     places = np.linspace(0, len(train.views) - 1, count).round().astype(int)
     seen = [torch.utils.data.Subset(train.views[place], order) for place in places]

@@ -1,6 +1,6 @@
 """
 What statistics of different latents tell, without a network: a linear discriminant for the known classes, the
-open-set score in use for known against unknown. Fitted on train, scored on test and unknown.
+open-set score l2_mahalanobis for known against unknown. Fitted on train, scored on test and unknown.
 
     python benchmarks/latents.py [DATASET]
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.data_protoleak import load_splits
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
@@ -44,8 +44,7 @@ def figures(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> t
     scores = discriminant.predict_log_proba(features["test"].reshape(-1, samples.shape[1]))
     probabilities = np.exp(scores.reshape(-1, views, classes).mean(axis=1))
     closed = closed_set_figures(probabilities / probabilities.sum(axis=1, keepdims=True), labels["test"])
-    name = ProtoLeakConfig.from_pretrained(HERE).open_set_score
-    score = OPEN_SET_SCORES[name]().fit(features["train"].mean(axis=1), targets)
+    score = OPEN_SET_SCORES["l2_mahalanobis"]().fit(features["train"].mean(axis=1), targets)
     known, unknown = (score.score_samples(features[split].mean(axis=1)) for split in ("test", "unknown"))
     return closed["macro_auc"], closed["accuracy"], open_set_figures(known, unknown)["auroc"]
 

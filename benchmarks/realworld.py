@@ -87,6 +87,12 @@ class BothEncoders(ModelMixin, ConfigMixin):
         super().__init__()
         self.bundled, self.taef2 = load_autoencoder(HERE, "vae"), Taef2Encoder()
 
+    @classmethod
+    def load(cls, folder: Path) -> "BothEncoders":
+        encoders = cls()
+        encoders.taef2 = Taef2Encoder.load(folder)
+        return encoders.eval()
+
     def encode(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """(N, 3, H, W) in [-1, 1] -> latents (N, 80, H / 4, W / 4)"""
         fine, coarse = self.bundled.encode(pixel_values).latent, self.taef2.encode(pixel_values).latents
@@ -132,11 +138,8 @@ def main() -> None:
         place = rest.index("--vae")
         name = rest[place + 1]
         rest[place : place + 2] = ["--vae_name_or_path", name]
-        if name in ("taef2", "both"):
-            encoder = taef2 = Taef2Encoder.load(Path(path).resolve().parent / "taef2")
-            if name == "both":
-                encoder = BothEncoders().eval()
-                encoder.taef2 = taef2
+        if kind := {"taef2": Taef2Encoder, "both": BothEncoders}.get(name):
+            encoder = kind.load(Path(path).resolve().parent / "taef2")
             protoleak.train.load_autoencoder = lambda name, subfolder: encoder
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
     print(format_summary(baseline(path)))

@@ -23,6 +23,7 @@ from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution
 from protoleak.data_protoleak import load_splits
 from protoleak.scan_protoleak import Attributor
 from sklearn.neighbors import KernelDensity
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent.parent
 QUICK = "--quick" in sys.argv
@@ -101,6 +102,12 @@ def inference() -> None:
         attributor = Attributor(f"{folder}/sd21")
         ratio = pipeline_ratio(attributor, large, 4, 1 if QUICK else 3)
         row("the same with SD 2.1's architecture, 256 px", ratio, "1.10")
+        with FlopCounterMode(display=False) as counted:
+            attributor.network.protoleak.encode(torch.zeros(1, 3, 256, 256))
+        row(
+            "what its encoder computes for an image of 256 px",
+            f"{counted.get_total_flops() / 1e12:.2f} TFLOP",
+        )
 
 
 def pipeline_ratio(attributor: Attributor, files: list[Path], batch_size: int, repeats: int) -> str:

@@ -132,6 +132,17 @@ def test_a_new_network_begins_as_scikit_learns_discriminant():
     torch.testing.assert_close(output.gates, torch.full_like(output.gates, 0.5))
 
 
+def test_a_rare_class_is_not_missed_where_not_all_images_are_looked_at():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 1] * 100 + [2] * 3)
+    data = TensorDataset(torch.randn(203, 4, 8, 8, generator=rng) + labels.view(-1, 1, 1, 1), labels)
+    model = tiny_model(pooling="statistics")
+    begin_as_discriminant(model, RandomView([data]), data, most_samples=20)
+    assert model.head.prototypes.isfinite().all()
+    with torch.no_grad():
+        assert (model(latents=data.tensors[0][-3:]).logits.argmax(dim=1) == 2).all()
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path, folder, recipe):
     short = {"num_train_epochs": 2}
     first = train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "one"), **short))
