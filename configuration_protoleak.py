@@ -4,8 +4,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 POOLINGS = ("mean", "statistics")
 SCORERS = ("prototype", "mahalanobis", "gmm", "kde", "llr")
+FEATURES = ("embeddings", "statistics")
 OPEN_SET_SCORES = (
-    "kde", "whitened_kde", "class_kde", "whitened_class_kde", "knn",
+    "kde", "whitened_kde", "l2_kde", "class_kde", "whitened_class_kde", "l2_class_kde", "knn",
     "mahalanobis", "relative_mahalanobis", "l2_mahalanobis", "gmm",
 )  # fmt: skip
 LARGEST = 65536  # of any size, so that a hostile config can't ask for all memory
@@ -72,16 +73,16 @@ class ProtoLeakConfig(PreTrainedConfig):
         scorer (`str`, defaults to `"prototype"`):
             What gives the class scores: the prototype head, or `"mahalanobis"`, `"gmm"`, `"kde"`, `"llr"`,
             fitted on the training embeddings.
-        open_set_score (`str`, defaults to `"kde"`):
-            What tells known from unknown, fitted on the training embeddings. `"kde"`: log density under one
-            exact Gaussian KDE of all, as in the paper; `"class_kde"`: of one for each class; with
-            `"whitened_"`: after whitening by the covariance within the classes; `"mahalanobis"`, `"gmm"`:
-            under Gaussians, or mixtures of two diagonal ones, for the classes; `"relative_mahalanobis"`,
-            `"l2_mahalanobis"`, `"knn"`: scores of the literature, see `density_protoleak.py`.
-        open_set_features (`str`, defaults to `"embeddings"`):
-            What that looks at: the embeddings, as in the paper, or the `"statistics"` of the re-simulated
-            latents, attended over timesteps as the embeddings are. Training keeps in an embedding what tells
-            the known classes apart, and drops much of what would tell an unknown one.
+        open_set_scores (`dict[str, str]`, *optional*, defaults to `{"embeddings": "kde"}`):
+            What tells known from unknown, fitted on the training images: a score for their `"embeddings"`, as
+            in the paper, for the `"statistics"` of the re-simulated latents, attended over timesteps as the
+            embeddings are, or for both, which are then added. Training keeps in an embedding what tells the
+            known classes apart, and drops much of what would tell an unknown one. `"kde"`: log density under
+            one exact Gaussian KDE of all, as in the paper; `"class_kde"`: of one for each class; with
+            `"whitened_"`: after whitening by the covariance within the classes; with `"l2_"`: after scaling
+            to unit length; `"mahalanobis"`, `"gmm"`: under Gaussians, or mixtures of two diagonal ones, for
+            the classes; `"relative_mahalanobis"`, `"knn"`: scores of the literature, see
+            `density_protoleak.py`.
         alpha (`float`, defaults to 0.05):
             Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
             most alpha.
@@ -116,12 +117,12 @@ class ProtoLeakConfig(PreTrainedConfig):
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     scorer: str = "prototype"
-    open_set_score: str = "kde"
-    open_set_features: str = "embeddings"
+    open_set_scores: dict[str, str] | None = None
     alpha: float = 0.05
 
     def __post_init__(self, **kwargs):
         self.timesteps, self.temperature_range = list(self.timesteps), list(self.temperature_range)
+        self.open_set_scores = {"embeddings": "kde"} if self.open_set_scores is None else self.open_set_scores
         self._validate()
         if self.backbone_config is None:
             self.backbone_config = dict(DEFAULT_BACKBONE)
@@ -141,6 +142,11 @@ class ProtoLeakConfig(PreTrainedConfig):
         return [self.id2label[k] for k in range(self.num_labels)]
 
     @property
+    def open_set_title(self) -> str:
+        """The open-set scores in words."""
+        return " and ".join(f"{score} of {features}" for features, score in self.open_set_scores.items())
+
+    @property
     def noise_schedule(self) -> dict:
         """The arguments of the diffusers scheduler whose `alphas_cumprod` the forward diffusion uses."""
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -154,9 +160,9 @@ class ProtoLeakConfig(PreTrainedConfig):
         )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
         self._require("scorer", self.scorer in SCORERS, f"one of {SCORERS}")
-        self._require("open_set_score", self.open_set_score in OPEN_SET_SCORES, f"one of {OPEN_SET_SCORES}")
-        features = ("embeddings", "statistics")
-        self._require("open_set_features", self.open_set_features in features, f"one of {features}")
+        scores = self.open_set_scores
+        known = bool(scores) and set(scores) <= set(FEATURES) and set(scores.values()) <= set(OPEN_SET_SCORES)
+        self._require("open_set_scores", known, f"of some of {FEATURES} one of {OPEN_SET_SCORES}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
         for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
             within = _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from scipy.optimize import minimize_scalar
 from .files_protoleak import write_whole
 
 DENSITY_FILE = "density.pkl"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 BANDWIDTHS = tuple(
     float(h) for h in np.geomspace(0.05, 5.0, 25)
 )  # in units of the embeddings' root mean square spread
@@ -538,8 +538,10 @@ class NeighbourDistance(OpenSetScore):
 OPEN_SET_SCORES: dict[str, Callable[[], OpenSetScore]] = {
     "kde": PooledDensity,
     "whitened_kde": partial(PooledDensity, "whiten", standardize=True),
+    "l2_kde": partial(PooledDensity, "normalize"),
     "class_kde": ClassDensity,
     "whitened_class_kde": partial(ClassDensity, "whiten", standardize=True),
+    "l2_class_kde": partial(ClassDensity, "normalize"),
     "knn": NeighbourDistance,
     "mahalanobis": partial(GaussianDensity, standardize=True),
     "relative_mahalanobis": partial(GaussianDensity, standardize=True, relative=True),
@@ -583,9 +585,11 @@ class KnownDensity(_Stateful):
         train_, held_out_ (`dict[str, torch.Tensor]`):
             Embeddings and gates (n, D), statistics (n, S) and labels (n,) of training images, and of held-out
             ones (validation).
-        open_set_score (`str`): A name of `OPEN_SET_SCORES`.
-        features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
-        score_ (`OpenSetScore`): Fitted on those of training images; not on disk, see there.
+        open_set_scores (`dict[str, str]`):
+            A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both.
+        scores_ (`dict[str, OpenSetScore]`): Fitted on those of training images; not on disk, see there.
+        spreads_ (`dict[str, tuple[float, float]]`):
+            Median and interquartile range of each score on held-out images: the units in which two are added.
         calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
         own_calibration_ (`dict[int, torch.Tensor]`): The same of each class that has no held-out images.
         scorers_ (`dict[str, ClassScorer]`): By the names of `ProtoLeakConfig.scorer`.
@@ -601,12 +605,13 @@ class KnownDensity(_Stateful):
 
     def __init__(self):
         self.labels: list[str] = []
-        self.open_set_score, self.features = "kde", "embeddings"
+        self.open_set_scores: dict[str, str] = {}
+        self.spreads_: dict[str, tuple[float, float]] = {}
         self.temperatures_: dict[str, float] = {}
         self.class_calibration_: dict[str, list[torch.Tensor]] = {}
         self.own_calibration_: dict[int, torch.Tensor] = {}
         self.thumbnails_: dict[int, bytes] = {}
-        self._score: OpenSetScore | None = None
+        self._scores: dict[str, OpenSetScore] = {}
 
     def state(self) -> dict[str, Any]:
         halved = {part: dict(getattr(self, part)) for part in ("train_", "held_out_")}
@@ -620,23 +625,27 @@ class KnownDensity(_Stateful):
             part["statistics"] = part["statistics"].float()
 
     @property
-    def score_(self) -> OpenSetScore:
+    def scores_(self) -> dict[str, OpenSetScore]:
         """
-        The open-set score, fitted when it is first needed: its matrices take more room than what it is fitted
-        on.
+        The open-set scores, fitted when they are first needed: their matrices take more room than what they
+        are fitted on.
         """
-        if self._score is None:
-            known = self.train_[self.features]
-            self._score = OPEN_SET_SCORES[self.open_set_score]().fit(known, self.train_["labels"])
-        return self._score
+        if not self._scores:
+            self._scores = self._fitted(self.train_)
+        return self._scores
+
+    def _fitted(self, known: dict[str, torch.Tensor]) -> dict[str, OpenSetScore]:
+        return {
+            features: OPEN_SET_SCORES[name]().fit(known[features], known["labels"])
+            for features, name in self.open_set_scores.items()
+        }
 
     def fit(
         self,
         train: Any,
         held_out: Any,
         label_names: list[str],
-        open_set_score: str = "kde",
-        features: str = "embeddings",
+        open_set_scores: dict[str, str] | None = None,
     ) -> "KnownDensity":
         """
         Args:
@@ -646,21 +655,25 @@ class KnownDensity(_Stateful):
                 its own training images, each scored by what is fitted on the others, and for itself alone:
                 a few images of it don't lie as close to the known as hundreds of another class do.
             label_names (`list[str]`): K names.
-            open_set_score (`str`): A name of `OPEN_SET_SCORES`.
-            features (`str`): What it looks at, `"embeddings"` or `"statistics"`.
+            open_set_scores (`dict[str, str]`, *optional*):
+                A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both; by default
+                the paper's `"kde"` of embeddings.
         """
-        self.labels, self.open_set_score, self.features = list(label_names), open_set_score, features
+        self.labels = list(label_names)
+        self.open_set_scores = dict(open_set_scores or {"embeddings": "kde"})
         self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
-        known = self.train_[features]
-        self._score = None
-        held_out = self.score_.score_samples(self.held_out_[features])
-        self.calibration_ = torch.from_numpy(np.sort(held_out))
+        self._scores = {}
+        for features, score in self.scores_.items():
+            low, median, high = np.quantile(score.score_samples(self.held_out_[features]), [0.25, 0.5, 0.75])
+            self.spreads_[features] = float(median), max(float(high - low), 1e-12)
+        self.calibration_ = torch.from_numpy(np.sort(self.log_density(self.held_out_)))
         own: dict[int, list[float]] = {}
         for i in self._without_held_out():
             kept = torch.arange(len(labels)) != i
-            others = OPEN_SET_SCORES[open_set_score]().fit(known[kept], labels[kept])
-            own.setdefault(int(labels[i]), []).extend(others.score_samples(known[i : i + 1]))
+            others = self._fitted({name: part[kept] for name, part in self.train_.items()})
+            one = {name: part[i : i + 1] for name, part in self.train_.items()}
+            own.setdefault(int(labels[i]), []).extend(self.log_density(one, others))
         self.own_calibration_ = {k: torch.tensor(sorted(scores)) for k, scores in own.items()}
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self
@@ -711,7 +724,7 @@ class KnownDensity(_Stateful):
             raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
         train = {part: torch.cat([self.train_[part], new[part]]) for part in new}
         names = [*self.labels, name]
-        density = KnownDensity().fit(train, self.held_out_, names, self.open_set_score, self.features)
+        density = KnownDensity().fit(train, self.held_out_, names, self.open_set_scores)
         density.thumbnails_ = dict(self.thumbnails_)
         return density
 
@@ -719,12 +732,21 @@ class KnownDensity(_Stateful):
     def embedding_size(self) -> int:
         return self.train_["embeddings"].shape[1]
 
-    def log_density(self, features: Any) -> np.ndarray:
+    def log_density(
+        self, images: Mapping[str, Any], scores: dict[str, OpenSetScore] | None = None
+    ) -> np.ndarray:
         """
-        The open-set score, (n,), of embeddings or statistics, by `self.features`: a log density in nats, or
-        what `open_set_score` has in its place.
+        The open-set score, (n,), of images with `embeddings` (n, D) and `statistics` (n, S): a log density in
+        nats, or what `open_set_scores` has in its place. Two of them are added, each less its median on
+        held-out images, in units of its interquartile range there.
         """
-        return self.score_.score_samples(features)
+        found = {
+            features: score.score_samples(images[features])
+            for features, score in (scores or self.scores_).items()
+        }
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return sum((found[f] - median) / spread for f, (median, spread) in self.spreads_.items())
 
     def calibration_of(self, label: int | None = None) -> torch.Tensor:
         """The sorted scores that an image attributed to a class is compared with."""

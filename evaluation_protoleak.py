@@ -18,6 +18,7 @@ from sklearn.tree import DecisionTreeClassifier
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from .configuration_protoleak import FEATURES
 from .data_protoleak import content_key, encode_split
 from .density_protoleak import OPEN_SET_SCORES
 from .evaluate_protoleak.evaluate_protoleak import (
@@ -325,7 +326,7 @@ def evaluate_model(
     report = {
         "labels": names,
         "alpha": config.alpha,
-        "open_set_score": f"{config.open_set_score} of {config.open_set_features}",
+        "open_set_score": config.open_set_title,
     }
     report |= summarize(seen, strange, names, alpha=config.alpha)
     confusion = np.zeros((len(names), len(names) + 1), int)
@@ -374,8 +375,8 @@ def _over_noise_seeds(model, test, unknown, accelerator, first: dict, count: int
 def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
     """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
     train = model.density.train_
-    table = {}
-    for features in ("embeddings", "statistics"):
+    table = {model.config.open_set_title: [test.log_density, unknown.log_density]}
+    for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
             table[f"{name} of {features}"] = [

@@ -68,8 +68,8 @@ class ImageAttributionOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Class scores of the config's scorer.
         log_density (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
-            Log density in nats of the embedding under the known classes' (or what `open_set_score` and
-            `open_set_features` have in its place), once a density is fitted.
+            Log density in nats of the embedding under the known classes' (or what `open_set_scores`
+            have in its place), once a density is fitted.
         p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known
             class".
         class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
@@ -789,7 +789,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
         if density is None:
             return {"logits": logits}
         logits = logits / density.temperatures_[scorer]
-        log_density = density.log_density(model[density.features])
+        log_density = density.log_density(model)
         probabilities = logits.detach().double().softmax(dim=1).cpu().numpy()
         return {
             "logits": logits,
@@ -952,7 +952,7 @@ class ProtoLeakForImageAttribution(ProtoLeakPreTrainedModel):
             train, held_out: With `embeddings`, `gates`, `statistics` and `labels`; see [`KnownDensity.fit`].
         """
         config = self.config
-        chosen = config.label_names, config.open_set_score, config.open_set_features
+        chosen = config.label_names, config.open_set_scores
         self._take_density(KnownDensity().fit(train, held_out, *chosen))
 
     @torch.no_grad()

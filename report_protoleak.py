@@ -76,7 +76,7 @@ class Examiner:
             "alpha": config.alpha,
             "threshold": density.threshold(config.alpha) if density is not None else None,
             "scorer": config.scorer,
-            "open_set_score": f"{config.open_set_score} of {config.open_set_features}",
+            "open_set_score": config.open_set_title,
             "classes": config.label_names,
             "error_rates": [
                 {"name": TITLES[name], "value": figures[name], "interval": self.metrics["intervals"][name]}

@@ -1,17 +1,18 @@
 """
 What each part of the method is worth: the bundled recipe against itself with one thing changed.
 
-    python benchmarks/ablation.py [--dataset NAME] [--epochs N] [--seeds N] [--only WORDS]
+    python benchmarks/ablation.py [--only WORDS] [--seeds N] [any argument of train.py]
 
 Mean over seeds, from the lowest to the highest in brackets. --only takes variants whose name has these words.
---augmented_views is train.py's, here 0 unless it is given: that halves the time.
+Unless they are given, there are at most 12 epochs and no post-processed views, which saves most of the time.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +21,15 @@ import numpy as np
 import protoleak.modeling_protoleak
 import protoleak.train
 import torch
+from accelerate import Accelerator
 from datasets import DatasetDict
-from protoleak.data_protoleak import load_splits
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.configuration_protoleak import SCORERS
+from protoleak.data_protoleak import encode_split, load_splits
+from protoleak.evaluation_protoleak import figures, predict
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
+from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent.parent
 
@@ -67,10 +73,11 @@ def backbone(width: int, depth: int = 1) -> dict:
     return {"backbone_config": values | {"layer_type": "basic"}}
 
 
+RECIPE = "the bundled recipe"
 # name: (fields of the config, of the training arguments, and methods that are replaced)
 Variant = tuple[dict, dict, list[tuple[Any, str, Callable]]]
 VARIANTS: dict[str, Variant] = {
-    "the bundled recipe": ({}, {}, []),
+    RECIPE: ({}, {}, []),
     "control: labels shuffled": ({}, {}, [(protoleak.train, "load_splits", shuffled)]),
     "latents not whitened": ({"latent_whitening": False}, {}, []),
     "contrast not normalised": ({"contrast_normalization": False}, {}, []),
@@ -89,66 +96,65 @@ VARIANTS: dict[str, Variant] = {
     "no gate": ({}, {}, [(FeatureGate, "forward", no_gate)]),
     "1 prototype a class": ({"num_prototypes": 1}, {}, []),
     "6 prototypes a class": ({"num_prototypes": 6}, {}, []),
-    "scorer llr": ({"scorer": "llr"}, {}, []),
-    "scorer mahalanobis": ({"scorer": "mahalanobis"}, {}, []),
-    "scorer gmm": ({"scorer": "gmm"}, {}, []),
-    "scorer kde": ({"scorer": "kde"}, {}, []),
     "mean pooling, as in the paper": ({"pooling": "mean"}, {}, []),
     "twice the width": (backbone(32), {}, []),
     "half the width": (backbone(8), {}, []),
     "one orientation cached": ({}, {"orientations": 1}, []),
-    "the paper's open-set score, KDE of embeddings": (
-        {"open_set_score": "kde", "open_set_features": "embeddings"}, {}, [],
-    ),
 }  # fmt: skip
 
 
-def run(variant: Variant, data: str, epochs: int, seed: int, more: dict) -> dict[str, float]:
+def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, dict[str, float]]:
+    """Figures of a variant; of the bundled recipe also those of other scorers and of the paper's density."""
     fields, changes, replaced = variant
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         recipe = Path(folder) / "recipe"
         shutil.copytree(HERE / "vae", recipe / "vae")
         shutil.copy(HERE / "preprocessor_config.json", recipe)
         config = json.loads((HERE / "config.json").read_text()) | fields
         (recipe / "config.json").write_text(json.dumps(config))
-        values = {"dataset_name": [data], "config_name": str(recipe), "output_dir": f"{folder}/run"}
-        values |= {"num_train_epochs": epochs, "seed": seed} | more | changes
-        patches = [patch.object(owner, name, method) for owner, name, method in replaced]
-        for one in patches:
-            one.start()
-        try:
-            return train(TrainingArguments(**values))["figures"]
-        finally:
-            for one in patches:
-                one.stop()
+        for owner, method, other in replaced:
+            patches.enter_context(patch.object(owner, method, other))
+        changes = {"config_name": str(recipe), "output_dir": f"{folder}/run"} | changes
+        summary = train(replace(arguments, **changes))
+        found = {name: summary["figures"]}
+        if name == RECIPE:
+            paper = summary["open_set_scores"]["kde of embeddings"]
+            found["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
+            for scorer in SCORERS[1:]:
+                found[f"scorer {scorer}"] = with_scorer(scorer, arguments, f"{folder}/run")
+    return found
+
+
+def with_scorer(scorer: str, arguments: TrainingArguments, checkpoint: str) -> dict[str, float]:
+    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
+    model.config.scorer = scorer
+    processor, accelerator = ProtoLeakImageProcessor.from_pretrained(checkpoint), Accelerator()
+    rows, names = load_splits(arguments.dataset_name, arguments.seed)["test"], model.config.label_names
+    made = predict(model, encode_split(rows, names, model, processor, accelerator), accelerator)
+    return figures(made, None, names)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("--dataset", default=str(HERE / "leakzoo"))
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = HfArgumentParser(TrainingArguments, description=__doc__.split("\n")[1])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="")
-    parser.add_argument("--augmented_views", type=int, default=0)
-    arguments = parser.parse_args()
-    more = {"augmented_views": arguments.augmented_views}
-    if "leakzoo" not in arguments.dataset:
-        more |= {"crop_size": 128, "num_crops": 4, "orientations": 2}
-    print(f"{arguments.seeds} seeds, {arguments.epochs} epochs\n")
+    parser.set_defaults(num_train_epochs=12, augmented_views=0)
+    arguments, own = parser.parse_args_into_dataclasses()
+    print(f"{own.seeds} seeds, at most {arguments.num_train_epochs} epochs\n")
     print("| variant | Macro AUC | accuracy | open-set AUROC |\n| --- | --- | --- | --- |", flush=True)
     for name, variant in VARIANTS.items():
-        if arguments.only not in name:
+        if own.only not in name:
             continue
-        runs = [
-            run(variant, arguments.dataset, arguments.epochs, seed, more) for seed in range(arguments.seeds)
-        ]
-        cells = []
-        for figure in ("macro_auc", "accuracy", "auroc"):
-            values = [found[figure] for found in runs if figure in found]
-            cells.append(
-                f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "none"
-            )
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        runs = [run(variant, name, replace(arguments, seed=seed)) for seed in range(own.seeds)]
+        for row in runs[0]:
+            print(f"| {row} | {' | '.join(cell([of_seed[row] for of_seed in runs]))} |", flush=True)
+
+
+def cell(runs: list[dict[str, float]]) -> Iterator[str]:
+    for figure in ("macro_auc", "accuracy", "auroc"):
+        values = [found[figure] for found in runs if figure in found]
+        span = f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "as above"
+        yield span
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
 """
-Images by real generators: the method with the bundled VAE, or another, beside a baseline on pixels.
+Images by real generators: the method with the bundled VAE and with another, beside a baseline on pixels.
 
-    python benchmarks/realworld.py PATH [--vae taef2 | both | HUB_ID_OR_FOLDER] [any argument of train.py]
+    python benchmarks/realworld.py PATH [--vae HUB_ID_OR_FOLDER] [any argument of train.py]
 
 PATH is any data set that train.py takes, of images of at least 256 pixels a side. The baseline is fitted on
 its train and validation splits; Proto-LeakNet on the same images, but for a tenth of them, whole groups
-(`group`, where there is such a column), which it stops and calibrates by. "taef2" is the encoder in
-PATH/../taef2, a tiny autoencoder distilled from FLUX.2's, for measuring alone; "both" is its latents beside
-those of the bundled VAE.
+(`group`, where there is such a column), which it stops and calibrates by. The other VAE is by default the
+encoder in PATH/../taef2, where there is one, a tiny autoencoder distilled from FLUX.2's, for measuring alone;
+in the end both models are asked together.
 """
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import datasets
 import numpy as np
-import protoleak.train
 import torch
+from accelerate import Accelerator
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from protoleak.data_protoleak import groups_of, load_splits
-from protoleak.evaluation_protoleak import format_report, format_summary, summarize
-from protoleak.modeling_protoleak import load_autoencoder
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.data_protoleak import encode_split, groups_of, load_splits
+from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
+from protoleak.evaluation_protoleak import Predictions, format_report, format_summary, predict, summarize
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
 from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.preprocessing import normalize
 from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser
@@ -34,8 +38,8 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parent))
 from baselines import linear_predictions, load_pixels, radial_spectra
 
-HERE = Path(__file__).parent.parent
-DEFAULTS = "--output_dir runs/realworld --crop_size 128 --num_crops 4 --orientations 2 --augmented_views 0"
+BUNDLED = "bundled"
+DEFAULTS = "--crop_size 128 --num_crops 4 --orientations 1 --augmented_views 0"
 
 
 class Taef2Block(nn.Module):
@@ -79,26 +83,6 @@ class Taef2Encoder(ModelMixin, ConfigMixin):
         return SimpleNamespace(latents=self.layers(pixel_values / 2 + 0.5))
 
 
-class BothEncoders(ModelMixin, ConfigMixin):
-    """The bundled VAE's latents, and TAEF2's brought to their grid, as the channels of one."""
-
-    @register_to_config
-    def __init__(self, latent_channels: int = 80, scaling_factor: float = 1.0, block_out_channels=(64,) * 3):
-        super().__init__()
-        self.bundled, self.taef2 = load_autoencoder(HERE, "vae"), Taef2Encoder()
-
-    @classmethod
-    def load(cls, folder: Path) -> "BothEncoders":
-        encoders = cls()
-        encoders.taef2 = Taef2Encoder.load(folder)
-        return encoders.eval()
-
-    def encode(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        """(N, 3, H, W) in [-1, 1] -> latents (N, 80, H / 4, W / 4)"""
-        fine, coarse = self.bundled.encode(pixel_values).latent, self.taef2.encode(pixel_values).latents
-        return SimpleNamespace(latents=torch.cat([fine, F.interpolate(coarse, fine.shape[-2:])], dim=1))
-
-
 def join(path: str, folder: str) -> None:
     """Train and validation made one, a tenth of which, whole groups, is the validation split that is left."""
     splits = load_splits(path)
@@ -130,25 +114,74 @@ def baseline(path: str) -> dict:
     return summarize(made["test"], made.get("unknown"), names)
 
 
+def measure(
+    data: str, encoder: nn.Module | None, words: list[str]
+) -> tuple[dict, dict[str, Predictions], KnownDensity]:
+    """Train on `data`: the summary, what the model makes of the test and unknown images, and its density."""
+    arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0]
+    with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
+        summary = train(arguments)
+    model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir, vae=encoder)
+    processor, accelerator = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir), Accelerator()
+    rows, labels = load_splits(data), model.config.label_names
+    made = {
+        split: predict(model, encode_split(rows[split], labels, model, processor, accelerator), accelerator)
+        for split in ("test", "unknown")
+        if split in rows
+    }
+    return summary, made, model.density
+
+
+def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], names: list[str]) -> dict:
+    """
+    Two models asked together: class probabilities are the geometric mean of theirs, and the open-set score is
+    the config's, of their embeddings side by side, each of unit length.
+    """
+
+    def side_by_side(parts: list) -> np.ndarray:
+        return np.hstack([normalize(part) for part in parts])
+
+    known = side_by_side([density.train_["embeddings"] for density in densities])
+    name = densities[0].open_set_scores["embeddings"]
+    score = OPEN_SET_SCORES[name]().fit(known, densities[0].train_["labels"])
+    joined = {}
+    for split in made[0]:
+        of_both = [part[split] for part in made]
+        embeddings = side_by_side([part.embeddings for part in of_both])
+        probabilities = np.sqrt(of_both[0].probabilities * of_both[1].probabilities)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        of_open_set = score.score_samples(embeddings)
+        joined[split] = Predictions(embeddings, probabilities, of_both[0].labels, of_open_set)
+    return summarize(joined["test"], joined.get("unknown"), names)
+
+
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    path, *rest = sys.argv[1:]
-    if "--vae" in rest:
-        place = rest.index("--vae")
-        name = rest[place + 1]
-        rest[place : place + 2] = ["--vae_name_or_path", name]
-        if kind := {"taef2": Taef2Encoder, "both": BothEncoders}.get(name):
-            encoder = kind.load(Path(path).resolve().parent / "taef2")
-            protoleak.train.load_autoencoder = lambda name, subfolder: encoder
+    path, *words = sys.argv[1:]
+    taef2 = Path(path).resolve().parent / "taef2"
+    others = {str(taef2): Taef2Encoder.load(taef2)} if taef2.is_dir() else {}
+    if "--vae" in words:
+        place = words.index("--vae")
+        name = words[place + 1]
+        words[place : place + 2] = []
+        others = {name: None}
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
-    print(format_summary(baseline(path)))
-    with tempfile.TemporaryDirectory() as folder:
-        join(path, folder)
-        words = ["--dataset_name", folder, *DEFAULTS.split(), *rest]
-        summary = train(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0])
-    print(f"\nProto-LeakNet, {summary['epochs']} epochs, {summary['seconds']['total']} s")
-    print(format_report(summary))
+    print(format_summary(baseline(path)), flush=True)
+    found = []
+    with tempfile.TemporaryDirectory() as data:
+        join(path, data)
+        for name, encoder in ({BUNDLED: None} | others).items():
+            own = ["--output_dir", f"runs/realworld/{Path(name).name}", "--dataset_name", data]
+            own += [] if name == BUNDLED else ["--vae_name_or_path", name]
+            found.append(measure(data, encoder, [*own, *DEFAULTS.split(), *words]))
+            summary = found[-1][0]
+            print(f"\nProto-LeakNet, VAE {name}: {summary['epochs']} epochs, {summary['seconds']['total']} s")
+            print(format_report(summary), flush=True)
+    if len(found) == 2:
+        summaries, made, densities = zip(*found, strict=True)
+        print("\nboth asked together")
+        print(format_summary(together(made, densities, summaries[0]["labels"])))
 
 
 if __name__ == "__main__":

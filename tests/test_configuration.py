@@ -26,6 +26,9 @@ from .conftest import tiny_config
         ("beta_schedule", "cubic"),
         ("pooling", "max"),
         ("scorer", "svm"),
+        ("open_set_scores", {}),
+        ("open_set_scores", {"pixels": "kde"}),
+        ("open_set_scores", {"embeddings": "svm"}),
         ("noise_seed", -1),
     ],
 )

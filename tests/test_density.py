@@ -4,6 +4,7 @@ import pickletools
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from protoleak import GaussianKDE, KnownDensity
 from protoleak.density_protoleak import (
@@ -198,7 +199,8 @@ def test_a_density_survives_saving(density, blobs, tmp_path):
     density.save(tmp_path / "density.pkl")
     loaded = KnownDensity.load(tmp_path / "density.pkl")
     queries = blobs[2]
-    np.testing.assert_allclose(loaded.log_density(queries), density.log_density(queries), atol=1e-9)
+    scores = loaded.log_density(images(queries))
+    np.testing.assert_allclose(scores, density.log_density(images(queries)), atol=1e-9)
     assert loaded.labels == density.labels
     for name in SCORERS:
         expected = density.scorers_[name].score_samples(queries)
@@ -264,14 +266,16 @@ def test_enrolling_extends_the_density(density, blobs):
     queries = rng.normal(size=(20, 128)) * 0.5 + 6
     enrolled = density.enroll("c", images(new))
     assert enrolled.labels == ["real", "a", "b", "c"]
-    assert (density.p_value(density.log_density(queries)) <= 0.05).all()
-    assert (enrolled.p_value(enrolled.log_density(queries), np.repeat(3, 20)) > 0.05).all()
+    assert (density.p_value(density.log_density(images(queries))) <= 0.05).all()
+    assert (enrolled.p_value(enrolled.log_density(images(queries)), np.repeat(3, 20)) > 0.05).all()
     assert (enrolled.scorers_["mahalanobis"].score_samples(queries).argmax(1) == 3).all()
     again = enrolled.enroll("d", images(-new))
     for more, count in ((enrolled, 10), (again, 20)):
         assert sum(map(len, more.own_calibration_.values())) == count
         assert len(more.calibration_set()["labels"]) == len(density.calibration_) + count
-    others = type(enrolled.score_)().fit(enrolled.train_["embeddings"][:-1], enrolled.train_["labels"][:-1])
+    others = type(enrolled.scores_["embeddings"])().fit(
+        enrolled.train_["embeddings"][:-1], enrolled.train_["labels"][:-1]
+    )
     left_out = others.score_samples(enrolled.train_["embeddings"][-1:])[0]
     own = enrolled.own_calibration_[3]
     assert (own - left_out).abs().min() < 1e-9, "an enrolled image is scored by the others"
@@ -283,12 +287,27 @@ def test_enrolling_extends_the_density(density, blobs):
         density.enroll("c", images(new) | {"gates": new[:5]})
 
 
+def test_two_scores_are_added_in_units_of_their_spread_on_held_out_images(blobs):
+    samples, labels, queries = blobs
+    train = images(samples) | {"labels": labels}
+    held_out = images(queries) | {"labels": np.arange(len(queries)) % 3}
+    both = KnownDensity().fit(train, held_out, ["real", "a", "b"], {"embeddings": "knn", "statistics": "kde"})
+    known, expected = both.held_out_, 0
+    for features, score in both.open_set_scores.items():
+        alone = KnownDensity().fit(train, held_out, ["real", "a", "b"], {features: score}).log_density(known)
+        expected = expected + (alone - np.median(alone)) / scipy.stats.iqr(alone)
+    np.testing.assert_allclose(both.log_density(known), expected, atol=1e-9)
+    assert np.std(expected) > 0.1
+    strangers = both.log_density(images(queries * 4))
+    assert strangers.max() < both.calibration_.min()
+
+
 def test_held_out_images_calibrate_and_an_enrolled_class_itself(density, blobs):
     samples, labels, queries = blobs
     train = images(samples) | {"labels": labels}
     held_out = images(queries) | {"labels": np.arange(len(queries)) % 3}
-    fitted = KnownDensity().fit(train, held_out, ["real", "a", "b"], "mahalanobis", "statistics")
-    expected = np.sort(fitted.score_.score_samples(fitted.held_out_["statistics"]))
+    fitted = KnownDensity().fit(train, held_out, ["real", "a", "b"], {"statistics": "mahalanobis"})
+    expected = np.sort(fitted.scores_["statistics"].score_samples(fitted.held_out_["statistics"]))
     np.testing.assert_array_equal(fitted.calibration_, expected)
     enrolled = fitted.enroll("c", images(queries[:4] + 9))
     assert len(enrolled.calibration_) == len(queries)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny, DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
+from protoleak.configuration_protoleak import FEATURES
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.modeling_protoleak import (
     PrototypeHead,
@@ -312,7 +313,7 @@ def test_known_and_unknown_images_take_one_path(fitted_model):
     beside_unknown = fitted_model(latents=torch.cat([image, unknown]))
     for name in ("embeddings", "gates", "logits", "log_density"):
         torch.testing.assert_close(beside_known[name][0], beside_unknown[name][0], atol=1e-5, rtol=1e-5)
-    scores = fitted_model.density.log_density(beside_known.embeddings)
+    scores = fitted_model.density.log_density(beside_known)
     torch.testing.assert_close(beside_known.log_density, torch.from_numpy(scores))
 
 
@@ -397,10 +398,13 @@ def test_the_scorer_is_saved_with_the_checkpoint(fitted_model, scorer, tmp_path)
         reloaded(latents=latents())
 
 
-@pytest.mark.parametrize("features", ["embeddings", "statistics"])
-@pytest.mark.parametrize("name", OPEN_SET_SCORES)
-def test_the_open_set_score_is_saved_with_the_checkpoint(name, features, tmp_path):
-    model = tiny_model(open_set_score=name, open_set_features=features)
+@pytest.mark.parametrize(
+    "scores",
+    [{features: name} for name in OPEN_SET_SCORES for features in FEATURES]
+    + [{"embeddings": "kde", "statistics": "relative_mahalanobis"}],
+)
+def test_the_open_set_scores_are_saved_with_the_checkpoint(scores, tmp_path):
+    model = tiny_model(open_set_scores=scores)
     fit_random_density(model)
     model.save_pretrained(tmp_path)
     output = model(latents=latents(3))

@@ -185,7 +185,8 @@ def test_a_density_of_nan_is_refused(checkpoint, fitted_model, capsys):
     [
         ("timesteps", [0, 99999]), ("timesteps", []), ("alpha", 0), ("alpha", "0.05"), ("embedding_size", -1),
         ("num_prototypes", 10**9), ("latent_channels", 0), ("noise_seed", -1), ("time_dropout", 2),
-        ("pooling", "os.system"), ("scorer", "../../x"), ("open_set_score", None), ("beta_end", 7),
+        ("pooling", "os.system"), ("scorer", "../../x"), ("open_set_scores", {"embeddings": "os.system"}),
+        ("open_set_scores", [1]), ("beta_end", 7),
         ("embedding_size", 10**12),
     ],
 )  # fmt: skip
