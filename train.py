@@ -376,26 +376,27 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
         ]
     )
     data["train"] = seen.views[0]
-    validation = data["validation"]
-    if arguments.augmented_views:  # what is learned from is also what is kept by
+    if arguments.augmented_views:  # what is learned from is also what weights are kept by, and what is known
         view = {"operator": "step2", "seed": arguments.seed}
         processed = encode_split(splits["validation"], label_names, model, processor, accelerator, **view)
-        both = zip(validation.tensors, processed.tensors, strict=True)
-        validation = TensorDataset(*map(torch.cat, both))
+        data["validation"] = _joined(data["validation"], processed)
+        augmented = seen.views[arguments.orientations :]
+        one_each = [augmented[i % len(augmented)][i] for i in range(len(seen))]
+        data["train"] = _joined(data["train"], TensorDataset(*map(torch.stack, zip(*one_each, strict=True))))
     if model.protoleak.whitening is not None and not arguments.model_name_or_path:
-        model.protoleak.whitening.fit(data["train"].tensors[0])
+        model.protoleak.whitening.fit(seen.views[0].tensors[0])
     encoded = time.perf_counter()
     if not arguments.model_name_or_path:
-        begin_as_discriminant(model, seen, validation)
+        begin_as_discriminant(model, seen, data["validation"])
     begun = time.perf_counter()
     scorer, model.config.scorer = model.config.scorer, "prototype"  # the others are fitted after training
-    history = fit(model, seen, validation, arguments, accelerator)
+    history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
     model.fit_density(known["train"], known["validation"])
     model.config.scorer = scorer
     pictures = splits["train"]["image"]
-    model.keep_thumbnails(lambda i: pictures[i]["bytes"] or pictures[i]["path"])
+    model.keep_thumbnails(lambda i: (one := pictures[i % len(pictures)])["bytes"] or one["path"])
     unknown_names = splits["unknown"]["label"] if "unknown" in splits else None
     summary = {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
@@ -418,6 +419,10 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
             hub.upload_folder(repo_id=arguments.push_to_hub, folder_path=arguments.output_dir)
     accelerator.end_training()
     return summary
+
+
+def _joined(*parts: TensorDataset) -> TensorDataset:
+    return TensorDataset(*map(torch.cat, zip(*(part.tensors for part in parts), strict=True)))
 
 
 def save(
