@@ -30,6 +30,14 @@ from .postprocessing_protoleak import CHAINS, OPERATORS
 
 REAL = "real"
 RESAMPLES = 300
+OF_ROBUSTNESS = {
+    "macro_auc": "Macro AUC",
+    "accuracy": "accuracy",
+    "auroc": "open-set AUROC",
+    "false_unknown_rate": "known called unknown",
+    "unknown_rejected": "unknown called unknown",
+    "stability": "verdict kept",
+}
 OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
 
 
@@ -231,8 +239,9 @@ def robustness(
 
     Returns:
         A row for each operator and strength, the untouched images first: `operator`, `strength`,
-        `macro_auc`, `accuracy`, `auroc` (known against unknown), `stability` (share of all images whose
-        verdict is that of the untouched image).
+        `macro_auc`, `accuracy`, `auroc` (known against unknown), `false_unknown_rate` and `unknown_rejected`
+        (shares of known and of unknown images that are called unknown), `stability` (share of all images
+        whose verdict is that of the untouched image).
     """
     names = model.config.label_names
     rows = {split: splits[split] for split in ("test", "unknown") if split in splits}
@@ -260,7 +269,7 @@ def robustness(
         verdicts = np.concatenate([_verdicts(part, model.config.alpha) for part in made.values()])
         untouched = verdicts if untouched is None else untouched
         row = {"operator": operator or "none", "strength": strength}
-        row |= {name: values[name] for name in ("macro_auc", "accuracy", "auroc") if name in values}
+        row |= {name: values[name] for name in OF_ROBUSTNESS if name in values}
         table.append(row | {"stability": float((verdicts == untouched).mean())})
     return table
 
@@ -273,15 +282,9 @@ def _verdicts(predictions: Predictions, alpha: float) -> np.ndarray:
 
 def format_robustness(table: list[dict[str, Any]]) -> str:
     """The rows of [`robustness`] as Markdown."""
-    titles = {
-        "macro_auc": "Macro AUC",
-        "accuracy": "accuracy",
-        "auroc": "open-set AUROC",
-        "stability": "verdict kept",
-    }
-    columns = [name for name in titles if name in table[0]]
+    columns = [name for name in OF_ROBUSTNESS if name in table[0]]
     lines = [
-        f"| operator | strength | {' | '.join(titles[c] for c in columns)} |",
+        f"| operator | strength | {' | '.join(OF_ROBUSTNESS[c] for c in columns)} |",
         "| --- " * (len(columns) + 2) + "|",
     ]
     for row in table:

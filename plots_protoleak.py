@@ -160,8 +160,9 @@ def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, Figure]:
 
 
 def draw_robustness(table: list[dict[str, Any]]) -> Figure:
-    """Macro AUC, open-set AUROC and stability of each row of [`robustness`] as bars."""
-    columns = [name for name in ("macro_auc", "auroc", "stability") if name in table[0]]
+    """The main figures of each row of [`robustness`] as bars."""
+    names = ("macro_auc", "auroc", "false_unknown_rate", "stability")
+    columns = [name for name in names if name in table[0]]
     labels = [row["operator"] + ("" if row["strength"] is None else f" {row['strength']:g}") for row in table]
     figure = Figure(figsize=(3.2 * len(columns) + 2, 0.2 * len(table) + 1.5), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]

@@ -92,6 +92,7 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert (table[0]["operator"], table[0]["stability"]) == ("none", 1.0)
     assert {"jpeg", "crop", "step3"} < {row["operator"] for row in table}
     assert min(row["stability"] for row in table) < 1
+    assert all(0 <= row["false_unknown_rate"] <= 1 and 0 <= row["unknown_rejected"] <= 1 for row in table)
     assert (tmp_path / "out/robustness.png").stat().st_size > 5000
     for name in ("roc", "confusion", "reliability", "embeddings"):
         assert (tmp_path / f"out/figures/{name}.png").stat().st_size > 5000
