@@ -99,6 +99,18 @@ def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
     )
 
 
+def test_processed_images_are_known_and_calibrate_where_training_sees_them(tmp_path, folder, recipe):
+    counts = {}
+    for views in (0, 2):
+        train(arguments(tmp_path, folder, recipe, num_train_epochs=1, augmented_views=views))
+        density = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run").density
+        counts[views] = len(density.train_["labels"]), len(density.calibration_)
+    assert counts == {0: (48, 24), 2: (96, 48)}
+    first, second = density.train_["statistics"].split(48)
+    assert (density.train_["labels"][:48] == density.train_["labels"][48:]).all()
+    assert ((first - second).abs().amax(dim=1) > 1e-3).all()
+
+
 def test_a_recipe_with_another_scorer_trains_and_uses_it(tmp_path, folder, recipe):
     tiny_config(pooling="statistics", scorer="llr").save_pretrained(recipe)
     assert train(arguments(tmp_path, folder, recipe))["figures"]["macro_auc"] > 0.9
