@@ -25,6 +25,7 @@ from .files_protoleak import write_whole
 
 DENSITY_FILE = "density.pkl"
 FORMAT_VERSION = 5
+MOST_FOLDS = 20  # in which images calibrate what is fitted on the others
 BANDWIDTHS = tuple(
     float(h) for h in np.geomspace(0.05, 5.0, 25)
 )  # in units of the embeddings' root mean square spread
@@ -652,8 +653,9 @@ class KnownDensity(_Stateful):
             train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `statistics` (n, S) and
                 `labels` 0..K-1 (n,).
                 The held-out ones calibrate. A class that has none, one that was enrolled, is calibrated by
-                its own training images, each scored by what is fitted on the others, and for itself alone:
-                a few images of it don't lie as close to the known as hundreds of another class do.
+                its own training images, each scored by what is fitted on the others (if they are many, on
+                those of other folds), and for itself alone: a few images of it don't lie as close to the
+                known as hundreds of another class do.
             label_names (`list[str]`): K names.
             open_set_scores (`dict[str, str]`, *optional*):
                 A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both; by default
@@ -669,11 +671,14 @@ class KnownDensity(_Stateful):
             self.spreads_[features] = float(median), max(float(high - low), 1e-12)
         self.calibration_ = torch.from_numpy(np.sort(self.log_density(self.held_out_)))
         own: dict[int, list[float]] = {}
-        for i in self._without_held_out():
-            kept = torch.arange(len(labels)) != i
+        left_out = torch.tensor(self._without_held_out(), dtype=torch.long)
+        for fold in range(min(MOST_FOLDS, len(left_out))):
+            some = left_out[fold::MOST_FOLDS]
+            kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, some, False)
             others = self._fitted({name: part[kept] for name, part in self.train_.items()})
-            one = {name: part[i : i + 1] for name, part in self.train_.items()}
-            own.setdefault(int(labels[i]), []).extend(self.log_density(one, others))
+            scores = self.log_density({name: part[some] for name, part in self.train_.items()}, others)
+            for label, score in zip(labels[some].tolist(), scores, strict=True):
+                own.setdefault(label, []).append(float(score))
         self.own_calibration_ = {k: torch.tensor(sorted(scores)) for k, scores in own.items()}
         self.scorers_ = {name: scorer().fit(embeddings, labels) for name, scorer in SCORERS.items()}
         return self

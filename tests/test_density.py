@@ -287,6 +287,17 @@ def test_enrolling_extends_the_density(density, blobs):
         density.enroll("c", images(new) | {"gates": new[:5]})
 
 
+def test_many_enrolled_images_calibrate_in_folds(density, monkeypatch):
+    fits = []
+    fitted = KnownDensity._fitted
+    monkeypatch.setattr(KnownDensity, "_fitted", lambda self, known: fits.append(1) or fitted(self, known))
+    new = np.random.default_rng(7).normal(size=(50, 128)) * 0.5 + 6
+    own = density.enroll("c", images(new)).own_calibration_[3]
+    assert (len(own), len(fits)) == (50, 1 + 20)
+    assert own.isfinite().all()
+    assert own.std() > 0
+
+
 def test_two_scores_are_added_in_units_of_their_spread_on_held_out_images(blobs):
     samples, labels, queries = blobs
     train = images(samples) | {"labels": labels}
