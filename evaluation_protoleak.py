@@ -308,7 +308,8 @@ def evaluate_model(
     """
     Everything that is to be known of a checkpoint: what [`summarize`] gives, and
 
-    - per_unknown: AUROC of known against each unknown generator, and how much of it is rejected;
+    - per_unknown: AUROC of known against each unknown generator, how much of it is rejected, and the known
+      class that most of it looks like, with its share;
     - confusion: counts, rows are true classes, columns verdicts with "unknown" as the last;
     - reliability: see [`reliability`];
     - open_set_scores: figures of every open-set score on the same embeddings;
@@ -339,13 +340,16 @@ def evaluate_model(
     if strange is not None:
         report["open_set_scores"] = open_set_table(model, seen, strange)
         members = np.array(unknown_names) if unknown_names is not None else np.repeat("unknown", len(unknown))
-        report["per_unknown"] = {
-            str(name): {
-                "auroc": open_set_figures(seen.log_density, strange.log_density[members == name])["auroc"],
-                "unknown_rejected": float((strange.p_values[members == name] <= config.alpha).mean()),
+        report["per_unknown"] = {}
+        for name in np.unique(members):
+            part = strange.take(np.flatnonzero(members == name))
+            likeliest = np.bincount(part.probabilities.argmax(axis=1), minlength=len(names))
+            report["per_unknown"][str(name)] = {
+                "auroc": open_set_figures(seen.log_density, part.log_density)["auroc"],
+                "unknown_rejected": float((part.p_values <= config.alpha).mean()),
+                "likeliest": names[likeliest.argmax()],
+                "likeliest_share": float(likeliest.max() / likeliest.sum()),
             }
-            for name in np.unique(members)
-        }
     rng = np.random.default_rng(0)
     shuffled = [closed_set_figures(seen.probabilities, rng.permutation(seen.labels)) for _ in range(20)]
     report["shuffled_macro_auc"] = float(np.mean([f["macro_auc"] for f in shuffled]))
@@ -460,11 +464,12 @@ def format_report(report: dict[str, Any]) -> str:
     if "per_unknown" in report:
         lines += [
             "",
-            "| unknown generator | AUROC, known against it | called unknown |",
-            "| --- | --- | --- |",
+            "| unknown generator | AUROC, known against it | called unknown | most look like |",
+            "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {name} | {row['auroc']:.4f} | {row['unknown_rejected']:.4f} |"
+            f"| {name} | {row['auroc']:.4f} | {row['unknown_rejected']:.4f} "
+            f"| {row['likeliest']}, {row['likeliest_share']:.2f} |"
             for name, row in report["per_unknown"].items()
         ]
         lines += ["", "| open-set score | AUROC | AUPR | FPR95 | EER | overlap |", "| --- " * 6 + "|"]

@@ -73,6 +73,8 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert (tmp_path / "out/evaluation.md").read_text().strip() in printed.out
     assert (report["num_test"], report["num_unknown"]) == (24, 9)
     assert set(report["per_unknown"]) == {"c", "unknown"}
+    assert report["per_unknown"]["unknown"]["likeliest"] in report["labels"]
+    assert report["per_unknown"]["unknown"]["likeliest_share"] == 1  # one image
     expected = {
         f"{name} of {features}" for name in OPEN_SET_SCORES for features in ("embeddings", "statistics")
     }
