@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -427,6 +428,10 @@ class OpenSetScore(_Estimator):
             samples = (samples - self.offset_) / self.scale_
         return self._score(self._transformed(samples)).numpy()
 
+    def chosen(self) -> dict[str, float]:
+        """Parameters that `fit` chose at some cost: with them it need not do so again on the same images."""
+        return {}
+
     def _transformed(self, samples: torch.Tensor) -> torch.Tensor:
         if self.transform == "whiten":
             return (samples - self.mean_) @ self.whitening_
@@ -440,10 +445,23 @@ class OpenSetScore(_Estimator):
 
 
 class PooledDensity(OpenSetScore):
-    """Log density under one Gaussian KDE of all known embeddings."""
+    """Log density under one Gaussian KDE of all known embeddings, of `bandwidth` or one chosen in `fit`."""
+
+    def __init__(
+        self,
+        transform: str = "none",
+        shrinkage: float = 0.1,
+        standardize: bool = False,
+        bandwidth: float | None = None,
+    ):
+        super().__init__(transform, shrinkage, standardize)
+        self.bandwidth = bandwidth
 
     def _fit(self, samples, labels, num_labels):
-        self.kde_ = GaussianKDE().fit(samples)
+        self.kde_ = GaussianKDE(self.bandwidth).fit(samples)
+
+    def chosen(self):
+        return {"bandwidth": self.kde_.bandwidth_}
 
     def _score(self, samples):
         return torch.from_numpy(self.kde_.score_samples(samples))
@@ -589,6 +607,7 @@ class KnownDensity(_Stateful):
         open_set_scores (`dict[str, str]`):
             A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both.
         scores_ (`dict[str, OpenSetScore]`): Fitted on those of training images; not on disk, see there.
+        chosen_ (`dict[str, dict[str, float]]`): What fitting them chose, such as a bandwidth.
         spreads_ (`dict[str, tuple[float, float]]`):
             Median and interquartile range of each score on held-out images: the units in which two are added.
         calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
@@ -607,6 +626,7 @@ class KnownDensity(_Stateful):
     def __init__(self):
         self.labels: list[str] = []
         self.open_set_scores: dict[str, str] = {}
+        self.chosen_: dict[str, dict[str, float]] = {}
         self.spreads_: dict[str, tuple[float, float]] = {}
         self.temperatures_: dict[str, float] = {}
         self.class_calibration_: dict[str, list[torch.Tensor]] = {}
@@ -632,12 +652,15 @@ class KnownDensity(_Stateful):
         are fitted on.
         """
         if not self._scores:
-            self._scores = self._fitted(self.train_)
+            self._scores = self._fitted(self.train_, self.chosen_)
+            self.chosen_ = {features: score.chosen() for features, score in self._scores.items()}
         return self._scores
 
-    def _fitted(self, known: dict[str, torch.Tensor]) -> dict[str, OpenSetScore]:
+    def _fitted(
+        self, known: dict[str, torch.Tensor], chosen: Mapping[str, dict[str, float]] = MappingProxyType({})
+    ) -> dict[str, OpenSetScore]:
         return {
-            features: OPEN_SET_SCORES[name]().fit(known[features], known["labels"])
+            features: OPEN_SET_SCORES[name](**chosen.get(features, {})).fit(known[features], known["labels"])
             for features, name in self.open_set_scores.items()
         }
 
@@ -665,7 +688,7 @@ class KnownDensity(_Stateful):
         self.open_set_scores = dict(open_set_scores or {"embeddings": "kde"})
         self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
-        self._scores = {}
+        self._scores, self.chosen_ = {}, {}
         for features, score in self.scores_.items():
             low, median, high = np.quantile(score.score_samples(self.held_out_[features]), [0.25, 0.5, 0.75])
             self.spreads_[features] = float(median), max(float(high - low), 1e-12)
@@ -808,6 +831,8 @@ class KnownDensity(_Stateful):
             density = _unpack(content["density"])
             if not isinstance(density, cls):
                 raise ValueError(f"it holds a {type(density).__name__}")
+            for features, name in density.open_set_scores.items():
+                OPEN_SET_SCORES[name](**density.chosen_.get(features, {}))  # there is such a score
             density.restore()
         except OSError:
             raise

@@ -195,13 +195,21 @@ def density(blobs) -> KnownDensity:
     return density
 
 
-def test_a_density_survives_saving(density, blobs, tmp_path):
+def test_a_density_survives_saving(density, blobs, tmp_path, monkeypatch):
     density.save(tmp_path / "density.pkl")
     loaded = KnownDensity.load(tmp_path / "density.pkl")
     queries = blobs[2]
     scores = loaded.log_density(images(queries))
     np.testing.assert_allclose(scores, density.log_density(images(queries)), atol=1e-9)
     assert loaded.labels == density.labels
+    assert (
+        loaded.chosen_
+        == density.chosen_
+        == {"embeddings": {"bandwidth": density.scores_["embeddings"].kde_.bandwidth_}}
+    )
+    monkeypatch.setattr(GaussianKDE, "_held_out_log_likelihood", None)  # nothing is chosen again
+    again = KnownDensity.load(tmp_path / "density.pkl")
+    np.testing.assert_allclose(again.log_density(images(queries)), scores, atol=1e-9)
     for name in SCORERS:
         expected = density.scorers_[name].score_samples(queries)
         np.testing.assert_allclose(loaded.scorers_[name].score_samples(queries), expected, atol=1e-9)
@@ -260,6 +268,17 @@ def test_damaged_files_are_named(content, tmp_path):
         KnownDensity.load(tmp_path / "density.pkl")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("open_set_scores", {"embeddings": "system"}), ("chosen_", {"embeddings": {"command": "true"}})],
+)
+def test_a_score_that_does_not_exist_is_refused(density, name, value, tmp_path):
+    setattr(density, name, value)
+    density.save(tmp_path / "density.pkl")
+    with pytest.raises(ValueError, match=r"density\.pkl was refused"):
+        KnownDensity.load(tmp_path / "density.pkl")
+
+
 def test_enrolling_extends_the_density(density, blobs):
     rng = np.random.default_rng(5)
     new = rng.normal(size=(10, 128)) * 0.5 + 6
@@ -290,7 +309,7 @@ def test_enrolling_extends_the_density(density, blobs):
 def test_many_enrolled_images_calibrate_in_folds(density, monkeypatch):
     fits = []
     fitted = KnownDensity._fitted
-    monkeypatch.setattr(KnownDensity, "_fitted", lambda self, known: fits.append(1) or fitted(self, known))
+    monkeypatch.setattr(KnownDensity, "_fitted", lambda self, *known: fits.append(1) or fitted(self, *known))
     new = np.random.default_rng(7).normal(size=(50, 128)) * 0.5 + 6
     own = density.enroll("c", images(new)).own_calibration_[3]
     assert (len(own), len(fits)) == (50, 1 + 20)
