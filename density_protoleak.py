@@ -15,7 +15,6 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -554,7 +553,7 @@ class NeighbourDistance(OpenSetScore):
         return -torch.cat([block.kthvalue(k, dim=1).values for block in blocks])
 
 
-OPEN_SET_SCORES: dict[str, Callable[[], OpenSetScore]] = {
+OPEN_SET_SCORES: dict[str, Callable[..., OpenSetScore]] = {
     "kde": PooledDensity,
     "whitened_kde": partial(PooledDensity, "whiten", standardize=True),
     "l2_kde": partial(PooledDensity, "normalize"),
@@ -587,6 +586,10 @@ def _embedded(source: Any, labels: Any = None) -> dict[str, torch.Tensor]:
             f"embeddings, gates, statistics and labels must be (n, D), (n, D), (n, S) and (n,); got {shapes}"
         )
     return parts
+
+
+def _scored(scores: dict[str, OpenSetScore], images: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {features: score.score_samples(images[features]) for features, score in scores.items()}
 
 
 def _conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
@@ -657,7 +660,7 @@ class KnownDensity(_Stateful):
         return self._scores
 
     def _fitted(
-        self, known: dict[str, torch.Tensor], chosen: Mapping[str, dict[str, float]] = MappingProxyType({})
+        self, known: dict[str, torch.Tensor], chosen: dict[str, dict[str, float]]
     ) -> dict[str, OpenSetScore]:
         return {
             features: OPEN_SET_SCORES[name](**chosen.get(features, {})).fit(known[features], known["labels"])
@@ -689,17 +692,19 @@ class KnownDensity(_Stateful):
         self.train_, self.held_out_ = _embedded(train), _embedded(held_out)
         embeddings, labels = self.train_["embeddings"], self.train_["labels"]
         self._scores, self.chosen_ = {}, {}
-        for features, score in self.scores_.items():
-            low, median, high = np.quantile(score.score_samples(self.held_out_[features]), [0.25, 0.5, 0.75])
+        held_out_scores = _scored(self.scores_, self.held_out_)
+        self.spreads_ = {}
+        for features, scores in held_out_scores.items():
+            low, median, high = np.quantile(scores, [0.25, 0.5, 0.75])
             self.spreads_[features] = float(median), max(float(high - low), 1e-12)
-        self.calibration_ = torch.from_numpy(np.sort(self.log_density(self.held_out_)))
+        self.calibration_ = torch.from_numpy(np.sort(self._added(held_out_scores)))
         own: dict[int, list[float]] = {}
         left_out = torch.tensor(self._without_held_out(), dtype=torch.long)
         for fold in range(min(MOST_FOLDS, len(left_out))):
             some = left_out[fold::MOST_FOLDS]
             kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, some, False)
-            others = self._fitted({name: part[kept] for name, part in self.train_.items()})
-            scores = self.log_density({name: part[some] for name, part in self.train_.items()}, others)
+            others = self._fitted({name: part[kept] for name, part in self.train_.items()}, {})
+            scores = self._added(_scored(others, {name: part[some] for name, part in self.train_.items()}))
             for label, score in zip(labels[some].tolist(), scores, strict=True):
                 own.setdefault(label, []).append(float(score))
         self.own_calibration_ = {k: torch.tensor(sorted(scores)) for k, scores in own.items()}
@@ -760,18 +765,15 @@ class KnownDensity(_Stateful):
     def embedding_size(self) -> int:
         return self.train_["embeddings"].shape[1]
 
-    def log_density(
-        self, images: Mapping[str, Any], scores: dict[str, OpenSetScore] | None = None
-    ) -> np.ndarray:
+    def log_density(self, images: Mapping[str, Any]) -> np.ndarray:
         """
         The open-set score, (n,), of images with `embeddings` (n, D) and `statistics` (n, S): a log density in
         nats, or what `open_set_scores` has in its place. Two of them are added, each less its median on
         held-out images, in units of its interquartile range there.
         """
-        found = {
-            features: score.score_samples(images[features])
-            for features, score in (scores or self.scores_).items()
-        }
+        return self._added(_scored(self.scores_, images))
+
+    def _added(self, found: dict[str, np.ndarray]) -> np.ndarray:
         if len(found) == 1:
             return next(iter(found.values()))
         return sum((found[f] - median) / spread for f, (median, spread) in self.spreads_.items())

@@ -1,6 +1,7 @@
 """What a model gives for many images, and the figures of it: closed set, open set, real against generated."""
 
 import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,6 +88,22 @@ def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: in
             parts.setdefault(name, []).append(part.cpu().numpy())
     module.train(training)
     return Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+
+
+def predict_splits(
+    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator,
+    keys: Mapping[str, str] | None = None, **view: Any,
+) -> dict[str, Predictions]:  # fmt: skip
+    """
+    [`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE. `keys` are
+    the splits' [`content_key`], where they are at hand; `view` is how [`encode_split`] post-processes them.
+    """
+    names, made = model.config.label_names, {}
+    for split, part in rows.items():
+        key = None if keys is None else keys[split]
+        data = encode_split(part, names, model, processor, accelerator, key=key, **view)
+        made[split] = predict(model, data, accelerator)
+    return made
 
 
 def figures(
@@ -254,17 +271,8 @@ def robustness(
     cases += [(name, None) for name in CHAINS]
     table, untouched = [], None
     for operator, strength in tqdm(cases, desc="robustness", disable=not accelerator.is_main_process):
-        made = {
-            split: predict(
-                model,
-                encode_split(
-                    part, names, model, processor, accelerator,
-                    operator=operator, strength=strength, seed=seed, key=keys[split],
-                ),
-                accelerator,
-            )
-            for split, part in rows.items()
-        }  # fmt: skip
+        view = {"operator": operator, "strength": strength, "seed": seed}
+        made = predict_splits(model, processor, rows, accelerator, keys, **view)
         values = figures(made["test"], made.get("unknown"), names, model.config.alpha)
         verdicts = np.concatenate([_verdicts(part, model.config.alpha) for part in made.values()])
         untouched = verdicts if untouched is None else untouched
@@ -379,16 +387,22 @@ def _over_noise_seeds(model, test, unknown, accelerator, first: dict, count: int
     return found
 
 
-def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
-    """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
-    train = model.density.train_
-    table = {model.config.open_set_title: [test.log_density, unknown.log_density]}
+def all_open_set_scores(density, *images: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """
+    Every score of `OPEN_SET_SCORES`, of embeddings and of statistics, fitted on a density's training images:
+    its name, and what it gives for each of `images`, which have `embeddings` and `statistics`.
+    """
+    train = density.train_
     for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
-            table[f"{name} of {features}"] = [
-                score.score_samples(getattr(part, features)) for part in (test, unknown)
-            ]
+            yield f"{name} of {features}", [score.score_samples(part[features]) for part in images]
+
+
+def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
+    """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
+    table = {model.config.open_set_title: [test.log_density, unknown.log_density]}
+    table |= all_open_set_scores(model.density, vars(test), vars(unknown))
     table["max_softmax"] = [part.probabilities.max(axis=1) for part in (test, unknown)]
     with torch.no_grad():
         inputs = [

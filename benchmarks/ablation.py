@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import SCORERS
-from protoleak.data_protoleak import encode_split, load_splits
-from protoleak.evaluation_protoleak import figures, predict
+from protoleak.data_protoleak import load_splits
+from protoleak.evaluation_protoleak import figures, predict_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
 from transformers import HfArgumentParser
@@ -128,10 +128,10 @@ def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, 
 def with_scorer(scorer: str, arguments: TrainingArguments, checkpoint: str) -> dict[str, float]:
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     model.config.scorer = scorer
-    processor, accelerator = ProtoLeakImageProcessor.from_pretrained(checkpoint), Accelerator()
-    rows, names = load_splits(arguments.dataset_name, arguments.seed)["test"], model.config.label_names
-    made = predict(model, encode_split(rows, names, model, processor, accelerator), accelerator)
-    return figures(made, None, names)
+    processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
+    rows = {"test": load_splits(arguments.dataset_name, arguments.seed)["test"]}
+    made = predict_splits(model, processor, rows, Accelerator())
+    return figures(made["test"], None, model.config.label_names)
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import FEATURES
-from protoleak.data_protoleak import encode_split, load_splits
-from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
+from protoleak.data_protoleak import load_splits
+from protoleak.density_protoleak import KnownDensity
 from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_figures
-from protoleak.evaluation_protoleak import REAL, Predictions, predict
+from protoleak.evaluation_protoleak import REAL, Predictions, all_open_set_scores, predict_splits
 from protoleak.train import TrainingArguments, train
 from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import confusion_matrix
@@ -41,16 +41,13 @@ def leave_out(names: set[str], source: list[str], folder: Path) -> None:
 
 def trained(
     arguments: TrainingArguments, *splits: str
-) -> tuple[ProtoLeakForImageAttribution, list[Predictions]]:
+) -> tuple[ProtoLeakForImageAttribution, dict[str, Predictions]]:
     """A model, and what it makes of the splits."""
     train(arguments)
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir)
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
-    labels, rows, accelerator = model.config.label_names, load_splits(arguments.dataset_name), Accelerator()
-    return model, [
-        predict(model, encode_split(rows[split], labels, model, processor, accelerator), accelerator)
-        for split in splits
-    ]
+    rows = load_splits(arguments.dataset_name)
+    return model, predict_splits(model, processor, {split: rows[split] for split in splits}, Accelerator())
 
 
 def families(made: Predictions, names: list[str]) -> list[set[str]]:
@@ -67,14 +64,10 @@ def families(made: Predictions, names: list[str]) -> list[set[str]]:
 
 def all_scores(density: KnownDensity, known: Predictions, unknown: Predictions) -> dict[str, float]:
     """AUROC of every score, and of every score of embeddings added to every one of statistics."""
-    train, made = density.train_, {}
-    for features in FEATURES:
-        parts = [density.held_out_[features], getattr(known, features), getattr(unknown, features)]
-        for name, make in OPEN_SET_SCORES.items():
-            score = make().fit(train[features], train["labels"])
-            held_out, *scores = (score.score_samples(part)[:, None] for part in parts)
-            in_spreads = RobustScaler().fit(held_out)
-            made[f"{name} of {features}"] = [in_spreads.transform(one).ravel() for one in scores]
+    made = {}
+    for name, scores in all_open_set_scores(density, density.held_out_, vars(known), vars(unknown)):
+        in_spreads = RobustScaler().fit(scores[0][:, None])
+        made[name] = [in_spreads.transform(one[:, None]).ravel() for one in scores[1:]]
     of_embeddings, of_statistics = (
         [name for name in made if name.endswith(features)] for features in FEATURES
     )
@@ -87,14 +80,14 @@ def main() -> None:
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0]
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model, (made,) = trained(replace(arguments, output_dir=f"{folder}/all"), "validation")
-    left_out = families(made, model.config.label_names)
+        model, made = trained(replace(arguments, output_dir=f"{folder}/all"), "validation")
+    left_out = families(made["validation"], model.config.label_names)
     for names in left_out:
         with tempfile.TemporaryDirectory() as folder:
             leave_out(names, arguments.dataset_name, Path(folder))
             of_rest = replace(arguments, dataset_name=[folder], output_dir=f"{folder}/run")
-            model, (known, unknown) = trained(of_rest, "test", "unknown")
-            for score, auroc in all_scores(model.density, known, unknown).items():
+            model, made = trained(of_rest, "test", "unknown")
+            for score, auroc in all_scores(model.density, made["test"], made["unknown"]).items():
                 found.setdefault(score, []).append(auroc)
     titles = [" and ".join(sorted(names)) for names in left_out]
     print(f"| open-set score | mean AUROC | without {' | '.join(titles)} |")

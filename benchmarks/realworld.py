@@ -24,9 +24,15 @@ from accelerate import Accelerator
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import encode_split, groups_of, load_splits
+from protoleak.data_protoleak import groups_of, load_splits
 from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
-from protoleak.evaluation_protoleak import Predictions, format_report, format_summary, predict, summarize
+from protoleak.evaluation_protoleak import (
+    Predictions,
+    format_report,
+    format_summary,
+    predict_splits,
+    summarize,
+)
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
 from sklearn.model_selection import StratifiedGroupKFold
@@ -122,14 +128,9 @@ def measure(
     with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
         summary = train(arguments)
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir, vae=encoder)
-    processor, accelerator = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir), Accelerator()
-    rows, labels = load_splits(data), model.config.label_names
-    made = {
-        split: predict(model, encode_split(rows[split], labels, model, processor, accelerator), accelerator)
-        for split in ("test", "unknown")
-        if split in rows
-    }
-    return summary, made, model.density
+    processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
+    rows = {split: part for split, part in load_splits(data).items() if split in ("test", "unknown")}
+    return summary, predict_splits(model, processor, rows, Accelerator()), model.density
 
 
 def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], names: list[str]) -> dict:
@@ -159,19 +160,19 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     path, *words = sys.argv[1:]
-    taef2 = Path(path).resolve().parent / "taef2"
-    others = {str(taef2): Taef2Encoder.load(taef2)} if taef2.is_dir() else {}
+    encoders: dict[str, nn.Module | None] = {BUNDLED: None}
     if "--vae" in words:
         place = words.index("--vae")
-        name = words[place + 1]
-        words[place : place + 2] = []
-        others = {name: None}
+        encoders[words[place + 1]] = None
+        del words[place : place + 2]
+    elif (taef2 := Path(path).resolve().parent / "taef2").is_dir():
+        encoders[str(taef2)] = Taef2Encoder.load(taef2)
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
     print(format_summary(baseline(path)), flush=True)
     found = []
     with tempfile.TemporaryDirectory() as data:
         join(path, data)
-        for name, encoder in ({BUNDLED: None} | others).items():
+        for name, encoder in encoders.items():
             own = ["--output_dir", f"runs/realworld/{Path(name).name}", "--dataset_name", data]
             own += [] if name == BUNDLED else ["--vae_name_or_path", name]
             found.append(measure(data, encoder, [*own, *DEFAULTS.split(), *words]))

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import encode_split, load_splits
-from protoleak.evaluation_protoleak import Predictions, figures, predict
+from protoleak.data_protoleak import load_splits
+from protoleak.evaluation_protoleak import figures, predict_splits
 from protoleak.train import TrainingArguments, train
 from transformers import HfArgumentParser
 
@@ -44,13 +44,9 @@ def by_treatment(arguments: TrainingArguments) -> list[dict]:
     splits, accelerator = load_splits(arguments.dataset_name, arguments.seed), Accelerator()
     model.to(accelerator.device)
     names = model.config.label_names
-    made: dict[str, Predictions] = {}
-    treatments: dict[str, np.ndarray] = {}
-    for split in ("test", "unknown"):
-        if split in splits:
-            data = encode_split(splits[split], names, model, processor, accelerator)
-            made[split] = predict(model, data, accelerator)
-            treatments[split] = np.array([treatment(image["path"]) for image in splits[split]["image"]])
+    shown = {split: splits[split] for split in ("test", "unknown") if split in splits}
+    made = predict_splits(model, processor, shown, accelerator)
+    treatments = {s: np.array([treatment(i["path"]) for i in part["image"]]) for s, part in shown.items()}
     rows = []
     for name in ("all", "untouched", *STEPS):
         chosen = {

@@ -309,7 +309,7 @@ def test_enrolling_extends_the_density(density, blobs):
 def test_many_enrolled_images_calibrate_in_folds(density, monkeypatch):
     fits = []
     fitted = KnownDensity._fitted
-    monkeypatch.setattr(KnownDensity, "_fitted", lambda self, *known: fits.append(1) or fitted(self, *known))
+    monkeypatch.setattr(KnownDensity, "_fitted", lambda *given: fits.append(1) or fitted(*given))
     new = np.random.default_rng(7).normal(size=(50, 128)) * 0.5 + 6
     own = density.enroll("c", images(new)).own_calibration_[3]
     assert (len(own), len(fits)) == (50, 1 + 20)
