@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import gradio as gr
-from protoleak.report_protoleak import Examiner, reasons_in_words, verdict_in_words, write_report
+from protoleak.forensics.report import Examiner, reasons_in_words, verdict_in_words, write_report
 
 HERE = Path(__file__).parent
 MOST = 20  # images at a time

@@ -30,12 +30,13 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.card_protoleak import write_card
-from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
 from protoleak.density_protoleak import shrunk
-from protoleak.evaluation_protoleak import evaluate_model, format_summary, predict
+from protoleak.evaluation.protocol import evaluate_model, format_summary, predict
+from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder, write_whole
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
+from protoleak.training.card import write_card
+from protoleak.training.latents import RandomView, content_key, encode_split
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -438,7 +439,7 @@ def save(
         processor.save_pretrained(partial)
         (partial / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
         if importlib.util.find_spec("matplotlib"):
-            from protoleak.plots_protoleak import draw_evaluation, save_figures
+            from protoleak.forensics.figures import draw_evaluation, save_figures
 
             save_figures(draw_evaluation(summary, model.density), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."

@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import SCORERS
-from protoleak.data_protoleak import load_splits
-from protoleak.evaluation_protoleak import figures, predict_splits
+from protoleak.evaluation.protocol import figures, predict_splits
+from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
 from transformers import HfArgumentParser

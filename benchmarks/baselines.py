@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from protoleak import GaussianKDE, ProtoLeakImageProcessor
-from protoleak.data_protoleak import load_splits
-from protoleak.evaluation_protoleak import Predictions, format_summary, summarize
+from protoleak.evaluation.protocol import Predictions, format_summary, summarize
+from protoleak.evaluation.splits import load_splits
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler

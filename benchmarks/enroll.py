@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import load_splits
+from protoleak.evaluation.splits import load_splits
 
 HERE = Path(__file__).parent.parent
 ENROLLED = 10

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import load_splits
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
+from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import LatentWhitening, grid_statistics, normalize_contrast
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F

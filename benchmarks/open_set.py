@@ -18,10 +18,10 @@ import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import FEATURES
-from protoleak.data_protoleak import load_splits
 from protoleak.density_protoleak import KnownDensity
 from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_figures
-from protoleak.evaluation_protoleak import REAL, Predictions, all_open_set_scores, predict_splits
+from protoleak.evaluation.protocol import REAL, Predictions, all_open_set_scores, predict_splits
+from protoleak.evaluation.splits import load_splits
 from protoleak.train import TrainingArguments, train
 from scipy.sparse.csgraph import connected_components
 from sklearn.metrics import confusion_matrix

@@ -24,15 +24,15 @@ from accelerate import Accelerator
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import groups_of, load_splits
 from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
-from protoleak.evaluation_protoleak import (
+from protoleak.evaluation.protocol import (
     Predictions,
     format_report,
     format_summary,
     predict_splits,
     summarize,
 )
+from protoleak.evaluation.splits import groups_of, load_splits
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
 from sklearn.model_selection import StratifiedGroupKFold

@@ -20,8 +20,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import load_splits
-from protoleak.scan_protoleak import Attributor
+from protoleak.evaluation.splits import load_splits
+from protoleak.forensics.scan import Attributor
 from sklearn.neighbors import KernelDensity
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,7 +266,7 @@ print(memory("VmHWM") - before)
 
 def onnx() -> None:
     import onnxruntime
-    from protoleak.export_protoleak import export_onnx
+    from protoleak.training.export import export_onnx
 
     model = ProtoLeakForImageAttribution.from_pretrained(HERE).eval()
     pixels = torch.rand(16, 3, 64, 64) * 2 - 1

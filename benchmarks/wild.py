@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import load_splits
-from protoleak.evaluation_protoleak import figures, predict_splits
+from protoleak.evaluation.protocol import figures, predict_splits
+from protoleak.evaluation.splits import load_splits
 from protoleak.train import TrainingArguments, train
 from transformers import HfArgumentParser
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.scan_protoleak import Attributor
+from protoleak.forensics.scan import Attributor
 
 LABELS = ["real", "a", "b"]
 

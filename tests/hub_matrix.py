@@ -81,7 +81,7 @@ def simulate_hub_cache(checkpoint: Path, hf_home: Path) -> str:
 def make_kinds(checkpoint: Path, folder: Path, dataset: str, enroll: list[str]) -> dict[str, str]:
     """The five kinds of checkpoint, made from one: name to what a loader is given."""
     from diffusers import DiffusionPipeline
-    from protoleak.cli_protoleak import main
+    from protoleak.cli import main
     from protoleak.train import TrainingArguments, train
 
     pipe = DiffusionPipeline.from_pretrained(str(checkpoint), trust_remote_code=True)

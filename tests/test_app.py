@@ -86,7 +86,7 @@ def test_upload_verdict_and_bad_file(address, tmp_path):
 def test_report_opens_without_a_console_error(tmp_path):
     report = tmp_path / "report.html"
     files = sorted((HERE / "examples").glob("*.png"))[:2]
-    command = [sys.executable, "-m", "protoleak.cli_protoleak", "report", *map(str, files)]
+    command = [sys.executable, "-m", "protoleak.cli", "report", *map(str, files)]
     subprocess.run([*command, "--output", str(report)], check=True, cwd=tmp_path)
     driver = browser()
     try:

@@ -7,10 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from protoleak.cli_protoleak import main
-from protoleak.data_protoleak import load_splits, load_unknown
+from protoleak.cli import main
 from protoleak.density_protoleak import OPEN_SET_SCORES
-from protoleak.evaluation_protoleak import (
+from protoleak.evaluation.protocol import (
     TITLES,
     Predictions,
     expected_calibration_error,
@@ -18,6 +17,7 @@ from protoleak.evaluation_protoleak import (
     format_bias,
     reliability,
 )
+from protoleak.evaluation.splits import load_splits, load_unknown
 from protoleak.train import train
 
 from .test_train import _cache_in_tmp_path, arguments, draw, folder, recipe  # noqa: F401 (fixtures)
@@ -142,7 +142,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run = subprocess.run(
-        [*launch, "-m", "protoleak.cli_protoleak", *command, "--output_dir", str(tmp_path / "two")],
+        [*launch, "-m", "protoleak.cli", *command, "--output_dir", str(tmp_path / "two")],
         env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from protoleak import ImageAttributionPipeline
-from protoleak.cli_protoleak import main
+from protoleak.cli import main
+from protoleak.forensics.figures import EmbeddingMap, draw_confusion, draw_reliability, draw_roc, save_figures
+from protoleak.forensics.provenance import read_provenance, summarise_provenance
+from protoleak.forensics.report import Examiner, render, verdict_in_words, write_report
 from protoleak.image_processing_protoleak import thumbnail
-from protoleak.plots_protoleak import EmbeddingMap, draw_confusion, draw_reliability, draw_roc, save_figures
-from protoleak.provenance_protoleak import read_provenance, summarise_provenance
-from protoleak.report_protoleak import Examiner, render, verdict_in_words, write_report
 
 
 @pytest.fixture

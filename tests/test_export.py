@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from protoleak.cli_protoleak import main
+from protoleak.cli import main
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

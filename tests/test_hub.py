@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from protoleak import ProtoLeakForImageAttribution
-from protoleak.cli_protoleak import main
+from protoleak.cli import main
 
 from .conftest import tiny_vae
 from .hub_matrix import LOADERS, differences, make_kinds

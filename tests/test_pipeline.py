@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from protoleak import ImageAttributionPipeline
-from protoleak.cli_protoleak import main
+from protoleak.cli import main
 from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
 from transformers import pipeline
 

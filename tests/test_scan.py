@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from PIL import Image
-from protoleak import scan_protoleak
-from protoleak.cli_protoleak import main
-from protoleak.scan_protoleak import prefetched, read_records, scan, write_table
+from protoleak.cli import main
+from protoleak.forensics import scan as scan_module
+from protoleak.forensics.scan import prefetched, read_records, scan, write_table
 
 
 @pytest.fixture
@@ -108,11 +108,11 @@ def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
     output = tmp_path / "records.jsonl"
     slow = f"""
 import signal, sys, time
-from protoleak import scan_protoleak
-from protoleak.cli_protoleak import main
+from protoleak.forensics import scan as scan_module
+from protoleak.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest itself runs in the background
-read = scan_protoleak.Attributor.read
-scan_protoleak.Attributor.read = lambda self, file, done: (time.sleep(0.5), read(self, file, done))[1]
+read = scan_module.Attributor.read
+scan_module.Attributor.read = lambda self, file, done: (time.sleep(0.5), read(self, file, done))[1]
 sys.exit(main(["attribute", {str(folder)!r}, "--model", {str(checkpoint)!r}, "--output", {str(output)!r},
     "--batch_size", "1", "--workers", "1"]))
 """
@@ -156,7 +156,7 @@ def test_two_processes_give_what_one_gives(checkpoint, folder, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run = subprocess.run(
-        [*launch, "-m", "protoleak.cli_protoleak", *command, str(shared)], capture_output=True, text=True
+        [*launch, "-m", "protoleak.cli", *command, str(shared)], capture_output=True, text=True
     )
     assert "2 of 13 files could not be read" in run.stderr, run.stderr
     assert_same(lines(shared), lines(alone))
@@ -180,7 +180,7 @@ def test_data_sets_give_what_their_files_give(attributor, folder, tmp_path, stre
     for key, values in by_content.items():
         for x, y in zip(values, expected[key], strict=True):
             assert x == pytest.approx(y, abs=1e-5)
-    shares = [list(scan_protoleak._share(rows, process, 2)) for process in range(2)]
+    shares = [list(scan_module._share(rows, process, 2)) for process in range(2)]
     names = [str(row) for share in shares for row in share]
     assert len(set(names)) == 11
     assert {row.content for share in shares for row in share} == {file.read_bytes() for file in files}
@@ -215,7 +215,7 @@ def test_a_full_disk_is_told_and_leaves_the_previous_table_whole(attributor, fol
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scan_protoleak.csv, "DictWriter", full)
+    monkeypatch.setattr(scan_module.csv, "DictWriter", full)
     with pytest.raises(OSError, match=r"table\.csv can't be written.*No space left"):
         write_table(records, path)
     assert path.read_bytes() == before

@@ -13,9 +13,10 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.data_protoleak import RandomView, content_key, encode_split, load_splits
-from protoleak.evaluation_protoleak import predict, summarize
+from protoleak.evaluation.protocol import predict, summarize
+from protoleak.evaluation.splits import load_splits
 from protoleak.train import TrainingArguments, begin_as_discriminant, train
+from protoleak.training.latents import RandomView, content_key, encode_split
 from safetensors.torch import load_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.utils.data import TensorDataset

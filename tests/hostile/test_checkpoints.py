@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protoleak import KnownDensity, ProtoLeakConfig
-from protoleak.cli_protoleak import main
+from protoleak.cli import main
 from protoleak.modeling_protoleak import load_vae
 from safetensors.torch import load_file, save_file
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from protoleak.forensics.provenance import read_provenance
+from protoleak.forensics.scan import scan
 from protoleak.image_processing_protoleak import find_images, open_image
-from protoleak.provenance_protoleak import read_provenance
-from protoleak.scan_protoleak import scan
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 

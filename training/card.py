@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evaluation_protoleak import TITLES, format_report
+from ..evaluation.protocol import TITLES, format_report
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 MARK = "Rendered by protoleak from model_card.md."
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "scikit-learn")
 

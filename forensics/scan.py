@@ -25,11 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from .files_protoleak import write_whole
-from .image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
-from .modeling_protoleak import ProtoLeakForImageAttribution
-from .pipeline_protoleak import RECORD_FIELDS, records_of
-from .provenance_protoleak import read_provenance
+from ..files_protoleak import write_whole
+from ..image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
+from ..modeling_protoleak import ProtoLeakForImageAttribution
+from ..pipeline_protoleak import RECORD_FIELDS, records_of
+from .provenance import read_provenance
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -128,7 +128,7 @@ class Attributor:
         The record of each file, in order: `attribution_record`'s keys and
 
         - file, sha256, width, height;
-        - provenance: what the file says of itself, see `provenance_protoleak.py`;
+        - provenance: what the file says of itself, see `provenance.py`;
         - model, revision, model_sha256 (of the digests of its files), noise_seed, timesteps;
         - error: `None`, or why the file could not be read; the other values are `None` then.
 

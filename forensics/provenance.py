@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from .image_processing_protoleak import MAX_PIXELS, open_container
+from ..image_processing_protoleak import MAX_PIXELS, open_container
 
 EXIF_TAGS = ("Software", "Make", "Model", "DateTime", "Artist", "ImageDescription", "ProcessingSoftware")
 # keys of text chunks: AUTOMATIC1111 and forks, ComfyUI, InvokeAI, NovelAI, Draw Things, and the general ones

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files_protoleak import write_whole
+from ..files_protoleak import write_whole
 
 PARTS = ("network", "whole")
 

@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from transformers import Pipeline
 
-from .evaluation_protoleak import TITLES
-from .files_protoleak import write_whole
-from .image_processing_protoleak import open_image
-from .pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
-from .plots_protoleak import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
-from .provenance_protoleak import summarise_provenance
-from .scan_protoleak import Attributor, checkpoint_file
+from ..evaluation.protocol import TITLES
+from ..files_protoleak import write_whole
+from ..image_processing_protoleak import open_image
+from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
+from .figures import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
+from .provenance import summarise_provenance
+from .scan import Attributor, checkpoint_file
 
 TEMPLATE = "report_template.html"
 PACKAGES = ("protoleak", "torch", "transformers", "diffusers", "numpy", "pillow", "scikit-learn")

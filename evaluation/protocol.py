@@ -19,15 +19,15 @@ from sklearn.tree import DecisionTreeClassifier
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from .configuration_protoleak import FEATURES
-from .data_protoleak import content_key, encode_split
-from .density_protoleak import OPEN_SET_SCORES
-from .evaluate_protoleak.evaluate_protoleak import (
+from ..configuration_protoleak import FEATURES
+from ..density_protoleak import OPEN_SET_SCORES
+from ..evaluate_protoleak.evaluate_protoleak import (
     attribution_figures,
     closed_set_figures,
     open_set_figures,
 )
-from .postprocessing_protoleak import CHAINS, OPERATORS
+from ..postprocessing_protoleak import CHAINS, OPERATORS
+from ..training.latents import content_key, encode_split
 
 REAL = "real"
 RESAMPLES = 300

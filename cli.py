@@ -13,7 +13,7 @@ def attribute(arguments: argparse.Namespace) -> int:
     """
     `protoleak attribute`: a verdict for each file; exit status 1 if any could not be read, 130 after Ctrl-C.
     """
-    from .scan_protoleak import Attributor, read_records, scan, write_table
+    from .forensics.scan import Attributor, read_records, scan, write_table
 
     if arguments.resume and not arguments.output:
         raise ValueError("--resume goes on in the file that --output names; name it")
@@ -63,9 +63,9 @@ def attribute(arguments: argparse.Namespace) -> int:
 
 def explain(arguments: argparse.Namespace) -> int:
     """`protoleak explain`: the verdict on each image, and the reasons."""
+    from .forensics.provenance import summarise_provenance
+    from .forensics.report import Examiner, reasons_in_words, verdict_in_words
     from .image_processing_protoleak import find_images
-    from .provenance_protoleak import summarise_provenance
-    from .report_protoleak import Examiner, reasons_in_words, verdict_in_words
 
     examiner = Examiner(arguments.model, arguments.revision)
     failed = 0
@@ -90,8 +90,8 @@ def report(arguments: argparse.Namespace) -> int:
     """`protoleak report`: verdicts, reasons and what a second examiner needs, in one file."""
     from tqdm import tqdm
 
+    from .forensics.report import Examiner, write_report
     from .image_processing_protoleak import find_images
-    from .report_protoleak import Examiner, write_report
 
     files = find_images(arguments.images)
     if not files:
@@ -109,10 +109,10 @@ def enroll(arguments: argparse.Namespace) -> int:
     """`protoleak enroll`: one more generator, from a handful of its images, as a new checkpoint."""
     import torch
 
-    from .card_protoleak import write_card
     from .files_protoleak import whole_folder
     from .image_processing_protoleak import ProtoLeakImageProcessor, find_images
     from .modeling_protoleak import ProtoLeakForImageAttribution
+    from .training.card import write_card
 
     target = Path(arguments.output_dir)
     if target.exists() and any(target.iterdir()):
@@ -142,8 +142,8 @@ def enroll(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`protoleak evaluate`: every figure of a checkpoint on a data set's held-out test split."""
-    from .data_protoleak import encode_split
-    from .evaluation_protoleak import evaluate_model, format_bias, format_report
+    from .evaluation.protocol import evaluate_model, format_bias, format_report
+    from .training.latents import encode_split
 
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
     names = model.config.label_names
@@ -174,7 +174,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             )
         _write(arguments.output_dir, "evaluation", report, text)
         if arguments.output_dir:
-            from .plots_protoleak import draw_evaluation, save_figures
+            from .forensics.figures import draw_evaluation, save_figures
 
             save_figures(draw_evaluation(report, model.density), Path(arguments.output_dir) / "figures")
     return 0
@@ -182,8 +182,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def robustness(arguments: argparse.Namespace) -> int:
     """`protoleak robustness`: the figures again after every kind of post-processing."""
-    from .evaluation_protoleak import format_robustness
-    from .evaluation_protoleak import robustness as measure
+    from .evaluation.protocol import format_robustness
+    from .evaluation.protocol import robustness as measure
 
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
     table = measure(model, processor, splits, accelerator, arguments.quick)
@@ -192,7 +192,7 @@ def robustness(arguments: argparse.Namespace) -> int:
         print(text)
         _write(arguments.output_dir, "robustness", table, text)
         if arguments.output_dir:
-            from .plots_protoleak import draw_robustness, save_figures
+            from .forensics.figures import draw_robustness, save_figures
 
             save_figures({"robustness": draw_robustness(table)}, arguments.output_dir)
     return 0
@@ -200,9 +200,9 @@ def robustness(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """`protoleak export`: the network, with the VAE or without, as an ONNX file."""
-    from .export_protoleak import export_onnx
     from .image_processing_protoleak import ProtoLeakImageProcessor
     from .modeling_protoleak import ProtoLeakForImageAttribution
+    from .training.export import export_onnx
 
     target = Path(arguments.output)
     if target.exists():
@@ -218,7 +218,7 @@ def _load_for_evaluation(arguments: argparse.Namespace):
     from accelerate import Accelerator
     from datasets import DatasetDict, concatenate_datasets
 
-    from .data_protoleak import load_splits, load_unknown
+    from .evaluation.splits import load_splits, load_unknown
     from .image_processing_protoleak import ProtoLeakImageProcessor
     from .modeling_protoleak import ProtoLeakForImageAttribution
 

@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: splits of a data set, predictions, metrics, robustness."""

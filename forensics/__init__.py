@@ -1,0 +1,1 @@
+"""Images looked at: scanning files, what they say of themselves, reasons, figures and reports."""

@@ -1,0 +1,1 @@
+"""Making a checkpoint: cached latents, views, the start as a discriminant, the card, export."""
