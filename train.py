@@ -31,7 +31,9 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.density_protoleak import shrunk
-from protoleak.evaluation.protocol import evaluate_model, format_summary, predict
+from protoleak.evaluation.predictions import predict
+from protoleak.evaluation.protocol import Evaluation, evaluate_model
+from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder, write_whole
 from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
@@ -402,7 +404,7 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     summary = {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": len(history) - 1,
-        **evaluate_model(model, data["test"], data.get("unknown"), accelerator, unknown_names),
+        **evaluate_model(model, data["test"], data.get("unknown"), accelerator, unknown_names).to_dict(),
         "history": history,
     }
     summary["seconds"] = {
@@ -441,7 +443,7 @@ def save(
         if importlib.util.find_spec("matplotlib"):
             from protoleak.forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(summary, model.density), partial / "figures")
+            save_figures(draw_evaluation(Evaluation.from_dict(summary), model.density), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
     write_card(folder, model, origin, _command(arguments), summary)
 
@@ -462,7 +464,7 @@ def main() -> None:
     datasets.disable_progress_bars() if not sys.stderr.isatty() else None
     summary = train(arguments)
     if Accelerator().is_main_process:
-        print(format_summary(summary))
+        print(format_summary(Evaluation.from_dict(summary).main))
         seconds = summary["seconds"]["total"]
         print(f"  {summary['epochs']} epochs, {seconds} s; written to {arguments.output_dir}")
 

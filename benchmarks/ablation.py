@@ -25,7 +25,8 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import SCORERS
-from protoleak.evaluation.protocol import figures, predict_splits
+from protoleak.evaluation.predictions import predict_splits
+from protoleak.evaluation.protocol import Evaluation, compute_metrics
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
@@ -116,9 +117,10 @@ def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, 
             patches.enter_context(patch.object(owner, method, other))
         changes = {"config_name": str(recipe), "output_dir": f"{folder}/run"} | changes
         summary = train(replace(arguments, **changes))
-        found = {name: summary["figures"]}
+        evaluation = Evaluation.from_dict(summary)
+        found = {name: evaluation.metrics}
         if name == RECIPE:
-            paper = summary["open_set_scores"]["kde of embeddings"]
+            paper = evaluation.main.open_set_scores["kde of embeddings"]
             found["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
             for scorer in SCORERS[1:]:
                 found[f"scorer {scorer}"] = with_scorer(scorer, arguments, f"{folder}/run")
@@ -131,7 +133,7 @@ def with_scorer(scorer: str, arguments: TrainingArguments, checkpoint: str) -> d
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
     rows = {"test": load_splits(arguments.dataset_name, arguments.seed)["test"]}
     made = predict_splits(model, processor, rows, Accelerator())
-    return figures(made["test"], None, model.config.label_names)
+    return compute_metrics(made["test"], None, model.config.label_names)
 
 
 def main() -> None:

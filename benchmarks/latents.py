@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.density_protoleak import OPEN_SET_SCORES
-from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
+from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import LatentWhitening, grid_statistics, normalize_contrast
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -43,10 +43,10 @@ def figures(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> t
     ).fit(samples, np.repeat(targets, views))
     scores = discriminant.predict_log_proba(features["test"].reshape(-1, samples.shape[1]))
     probabilities = np.exp(scores.reshape(-1, views, classes).mean(axis=1))
-    closed = closed_set_figures(probabilities / probabilities.sum(axis=1, keepdims=True), labels["test"])
+    closed = closed_set_metrics(probabilities / probabilities.sum(axis=1, keepdims=True), labels["test"])
     score = OPEN_SET_SCORES["l2_mahalanobis"]().fit(features["train"].mean(axis=1), targets)
     known, unknown = (score.score_samples(features[split].mean(axis=1)) for split in ("test", "unknown"))
-    return closed["macro_auc"], closed["accuracy"], open_set_figures(known, unknown)["auroc"]
+    return closed["macro_auc"], closed["accuracy"], open_set_metrics(known, unknown)["auroc"]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import FEATURES
 from protoleak.density_protoleak import KnownDensity
-from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_figures
+from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_metrics
 from protoleak.evaluation.protocol import REAL, Predictions, all_open_set_scores, predict_splits
 from protoleak.evaluation.splits import load_splits
 from protoleak.train import TrainingArguments, train
@@ -73,7 +73,7 @@ def all_scores(density: KnownDensity, known: Predictions, unknown: Predictions) 
     )
     for one, other in product(of_embeddings, of_statistics):
         made[f"{one} and {other}"] = [a + b for a, b in zip(made[one], made[other], strict=True)]
-    return {name: open_set_figures(*scores)["auroc"] for name, scores in made.items()}
+    return {name: open_set_metrics(*scores)["auroc"] for name, scores in made.items()}
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.evaluation.protocol import predict, summarize
+from protoleak.evaluation.predictions import predict
+from protoleak.evaluation.protocol import evaluate_predictions
 from protoleak.evaluation.splits import load_splits
 from protoleak.train import TrainingArguments, begin_as_discriminant, train
 from protoleak.training.latents import RandomView, content_key, encode_split
@@ -75,28 +76,29 @@ def arguments(tmp_path, folder, recipe, **changes) -> TrainingArguments:
 
 def test_training_learns_and_writes_a_checkpoint(tmp_path, folder, recipe):
     summary = train(arguments(tmp_path, folder, recipe))
-    figures = summary["figures"]
-    assert figures["macro_auc"] > 0.9
-    assert set(figures) >= {"accuracy", "real_auroc", "auroc", "fpr95", "eer", "oscr", "per_class_auc"}
-    assert list(figures["per_class_auc"]) == ["real", "a", "b"]
-    for name, (low, high) in summary["intervals"].items():
-        assert low <= figures[name] <= high, name
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["figures"] == figures
+    split = summary["splits"]["test"]
+    metrics = split["metrics"]
+    assert metrics["macro_auc"] > 0.9
+    assert set(metrics) >= {"accuracy", "real_auroc", "auroc", "fpr95", "eer", "oscr", "per_class_auc"}
+    assert list(metrics["per_class_auc"]) == ["real", "a", "b"]
+    for name, (low, high) in split["intervals"].items():
+        assert low <= metrics[name] <= high, name
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["splits"]["test"] == split
     card = ModelCard.load(tmp_path / "run/README.md")
     results = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert results == {name: value for name, value in figures.items() if name != "per_class_auc"}
+    assert results == {name: value for name, value in metrics.items() if name != "per_class_auc"}
     assert card.data.license == "mit"
     for value in results.values():
         assert f"{value:.4f}" in card.text
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
     assert model.density.labels == ["real", "a", "b"]
-    # the figures are those of the checkpoint that was written
+    # the metrics are those of the checkpoint that was written
     splits = load_splits(str(folder))
     processor = ProtoLeakImageProcessor.from_pretrained(tmp_path / "run")
     test = encode_split(splits["test"], ["real", "a", "b"], model, processor, Accelerator())
     predictions = predict(model, test, Accelerator())
     assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(
-        figures["accuracy"]
+        metrics["accuracy"]
     )
 
 
@@ -114,7 +116,7 @@ def test_processed_images_are_known_and_calibrate_where_training_sees_them(tmp_p
 
 def test_a_recipe_with_another_scorer_trains_and_uses_it(tmp_path, folder, recipe):
     tiny_config(pooling="statistics", scorer="llr").save_pretrained(recipe)
-    assert train(arguments(tmp_path, folder, recipe))["figures"]["macro_auc"] > 0.9
+    assert train(arguments(tmp_path, folder, recipe))["splits"]["test"]["metrics"]["macro_auc"] > 0.9
     assert ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run").config.scorer == "llr"
 
 
@@ -239,7 +241,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, folder, reci
 
 
 def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
-    """Sharded latents, one summary, and figures that one process gives again."""
+    """Sharded latents, one summary, and metrics that one process gives again."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -249,15 +251,15 @@ def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Macro AUC") == 1
-    figures = json.loads((tmp_path / "two" / "metrics.json").read_text())["figures"]
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())["splits"]["test"]["metrics"]
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "two")
     processor = ProtoLeakImageProcessor.from_pretrained(tmp_path / "two")
     splits = load_splits(str(folder))
     names, accelerator = model.config.label_names, Accelerator()
     data = {s: encode_split(splits[s], names, model, processor, accelerator) for s in ("test", "unknown")}
-    made = summarize(*(predict(model, d, accelerator) for d in data.values()), names)["figures"]
-    assert made["macro_auc"] == pytest.approx(figures["macro_auc"], abs=1e-6)
-    assert made["auroc"] == pytest.approx(figures["auroc"], abs=1e-6)
+    again = evaluate_predictions(*(predict(model, d, accelerator) for d in data.values()), names).metrics
+    assert again["macro_auc"] == pytest.approx(metrics["macro_auc"], abs=1e-6)
+    assert again["auroc"] == pytest.approx(metrics["auroc"], abs=1e-6)
 
 
 def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, folder, recipe):
@@ -287,8 +289,9 @@ def test_classes_are_added_and_the_old_ones_kept(tmp_path, folder, recipe):
         output_dir=str(tmp_path / "tuned"), num_train_epochs=2,
     )  # fmt: skip
     summary = train(tuned)
-    assert list(summary["figures"]["per_class_auc"]) == ["real", "a", "b", "c"]
-    assert "auroc" not in summary["figures"], "c is known now, and nothing else was unknown"
+    metrics = summary["splits"]["test"]["metrics"]
+    assert list(metrics["per_class_auc"]) == ["real", "a", "b", "c"]
+    assert "auroc" not in metrics, "c is known now, and nothing else was unknown"
     assert f"--dataset_name {folder} {tmp_path / 'more'}" in (tmp_path / "tuned/README.md").read_text()
 
 

@@ -1,0 +1,51 @@
+"""A checkpoint's metrics again, on images post-processed in every way of `OPERATORS` and `CHAINS`."""
+
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..postprocessing_protoleak import CHAINS, OPERATORS
+from ..training.latents import content_key
+from .predictions import Subject, predict_splits
+from .protocol import compute_metrics
+
+ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected")
+
+
+def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
+    """
+    The test and unknown images of a subject, post-processed in each way in turn.
+
+    Args:
+        quick (`bool`): Every fourth image, and the middle strength of each operator alone.
+
+    Returns:
+        A row for each operator and strength, the untouched images first: `operator`, `strength`, those of
+        `ROBUSTNESS_METRICS` that there are, and `stability`, the share of all images whose verdict is that of
+        the untouched image.
+    """
+    model, processor, accelerator = subject.model, subject.processor, subject.accelerator
+    names, alpha, rows = model.config.label_names, model.config.alpha, dict(subject.splits)
+    if quick:
+        rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
+    keys = {split: content_key(part, model, processor) for split, part in rows.items()}
+    table, untouched = [], None
+    for operator, strength in tqdm(cases(quick), "robustness", disable=not accelerator.is_main_process):
+        view = {"operator": operator, "strength": strength, "seed": seed}
+        parts = predict_splits(model, processor, rows, accelerator, keys, **view)
+        metrics = compute_metrics(parts["test"], parts.get("unknown"), names, alpha)
+        verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
+        untouched = verdicts if untouched is None else untouched
+        row = {"operator": operator or "none", "strength": strength}
+        row |= {name: metrics[name] for name in ROBUSTNESS_METRICS if name in metrics}
+        table.append(row | {"stability": float((verdicts == untouched).mean())})
+    return table
+
+
+def cases(quick: bool = False) -> list[tuple[str | None, float | None]]:
+    """Operators and strengths, none first, chains last; `quick` takes the middle strength of each."""
+    pairs: list[tuple[str | None, float | None]] = [(None, None)]
+    for name, (_, strengths) in OPERATORS.items():
+        pairs += [(name, s) for s in ((strengths[len(strengths) // 2],) if quick else strengths)]
+    return pairs + [(name, None) for name in CHAINS]
