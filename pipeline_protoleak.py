@@ -194,7 +194,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         self._image_processor = None
 
     def _prepare(self):
-        """The attribution model with this pipeline's VAE and noise schedule, and a detector that fits them."""
+        """The attribution model with this pipeline's VAE and noise schedule, which its detector must fit."""
         source = self.config._name_or_path
         if self.attribution_model is None:
             model = AutoModelForImageClassification.from_pretrained(

@@ -31,8 +31,8 @@ class Graph(nn.Module):
 def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole") -> Path:
     """
     Write an ONNX file, its batch size left open, with the noise of evaluation inside; beside it `NAME.json`
-    with labels and image size. Open-set verdicts need the detector, which stays in `density.pkl`: it takes the
-    graph's `embeddings` or `statistics`.
+    with labels and image size. Open-set verdicts need the detector, which stays in `density.pkl`: it takes
+    the graph's `embeddings` or `statistics`.
 
     Args:
         model ([`ProtoLeakForImageAttribution`]): With its VAE.
