@@ -136,7 +136,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         about = {"model": arguments.model, "dataset": arguments.dataset}
         about["normalised_format"] = arguments.normalise_format
         write_results(arguments.output_dir, "evaluation", about | evaluation.to_dict(), text)
-        figures = draw_evaluation(evaluation, subject.model.density)
+        figures = draw_evaluation(evaluation, subject.model.detector)
         save_figures(figures, Path(arguments.output_dir) / "figures")
     return 0
 

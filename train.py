@@ -30,13 +30,12 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.density_protoleak import shrunk
+from protoleak.checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder, write_whole
-from protoleak.modeling_protoleak import has_vae_folder, load_autoencoder, load_vae
 from protoleak.training.card import write_card
 from protoleak.training.latents import RandomView, content_key, encode_split
 from torch.utils.data import DataLoader, TensorDataset
@@ -148,8 +147,7 @@ def begin_as_discriminant(
         model, train, validation: As in [`fit`].
         most_samples (`int`): Views of training images, their crops counted one by one, that are looked at.
     """
-    encoder, head = model.protoleak.encoder, model.head
-    num_labels, size = model.config.num_labels, model.config.embedding_size
+    encoder, num_labels = model.protoleak.encoder, model.config.num_labels
 
     def pooled(views: list[TensorDataset], together: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Features averaged over timesteps, and over crops if `together`, (n, F), and labels (n,)"""
@@ -175,35 +173,8 @@ def begin_as_discriminant(
     pooled(seen[:1], together=False)  # settles the statistics of the backbone's norms
     model.eval()
     (features, labels), (held_out, targets) = pooled(seen, False), pooled([validation], True)
-    if isinstance(encoder.norm, torch.nn.BatchNorm1d):
-        encoder.norm.running_mean.copy_(features.mean(dim=0))
-        encoder.norm.running_var.copy_(features.var(dim=0))
-        features, held_out = encoder.norm.cpu()(features), encoder.norm(held_out)
-        encoder.norm.to(model.device)
-    means = torch.stack([features[labels == k].mean(dim=0) for k in range(num_labels)])
-    weights = 1 / labels.bincount(minlength=num_labels)[labels] / num_labels
-    deviations = (features - means[labels]) * weights.sqrt()[:, None]
-    covariance, centre = (deviations.T @ deviations).double(), means.double().mean(dim=0)
-    means, held_out = means.double() - centre, held_out.double() - centre
-    best = {"loss": math.inf}
-    for shrinkage in (0.05, 0.1, 0.2, 0.4, 0.7, 0.9):
-        factor = torch.linalg.cholesky(shrunk(covariance, shrinkage))
-        whitened = torch.linalg.solve_triangular(factor, means.T, upper=False)  # (F, K)
-        axes = torch.linalg.svd(whitened, full_matrices=False)[0][:, : min(num_labels - 1, size)]
-        projection = torch.linalg.solve_triangular(factor.T, axes, upper=True)  # (F, K - 1)
-        distances = torch.cdist(held_out @ projection, means @ projection).square()
-        for scale in np.geomspace(0.05, 1.0, 25):
-            loss = torch.nn.functional.cross_entropy(-distances * scale**2 / 2, targets).item()
-            if loss < best["loss"]:
-                best = {"loss": loss, "shrinkage": shrinkage, "projection": projection * scale}
-    logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", best)
-    projection = best["projection"]
-    used = projection.shape[1]
-    for parameter in model.protoleak.gate.output.parameters():
-        parameter.zero_()  # every dimension weighs a half
-    encoder.projection.weight.zero_()[:used] = projection.T
-    encoder.projection.bias.zero_()[:used] = -(centre @ projection)
-    head.prototypes.normal_(std=0.1)[..., :used] += (means @ projection)[:, None].to(head.prototypes)
+    start = model.initialise_as_discriminant(features, labels, held_out, targets)
+    logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", start)
 
 
 def fit(
@@ -268,7 +239,7 @@ def fit(
             best_weights = _network_weights(model)
         average.restore(parameters)
         state.save(model, optimizer, schedule, average, history, best_weights)
-    model.load_state_dict(best_weights, strict=False)
+    model.load_state_dict(best_weights)
     return history
 
 
@@ -312,7 +283,7 @@ class TrainingState:
         if state["run"] != self.run:
             logger.warning("%s is of a run with other arguments; training starts anew", self.path)
             return [], None
-        model.load_state_dict(state["weights"], strict=False)
+        model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         average.load_state_dict(state["average"])
@@ -341,12 +312,12 @@ def _warmup_cosine(step: int, steps: int) -> float:
 
 
 def _network_weights(model: ProtoLeakForImageAttribution) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items() if "_vae." not in name}
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def train(arguments: TrainingArguments) -> dict[str, Any]:
     """
-    Train, fit the density and the scorers, write the checkpoint to `output_dir`, and return the summary.
+    Train, fit the detector, write the checkpoint to `output_dir`, and return the summary.
     """
     started = time.perf_counter()
     accelerator = Accelerator(
@@ -392,12 +363,10 @@ def train(arguments: TrainingArguments) -> dict[str, Any]:
     if not arguments.model_name_or_path:
         begin_as_discriminant(model, seen, data["validation"])
     begun = time.perf_counter()
-    scorer, model.config.scorer = model.config.scorer, "prototype"  # the others are fitted after training
     history = fit(model, seen, data["validation"], arguments, accelerator)
     trained = time.perf_counter()
     known = {split: predict(model, data[split], accelerator) for split in ("train", "validation")}
-    model.fit_density(known["train"], known["validation"])
-    model.config.scorer = scorer
+    model.fit_detector(known["train"], known["validation"])
     pictures = splits["train"]["image"]
     model.keep_thumbnails(lambda i: (one := pictures[i % len(pictures)])["bytes"] or one["path"])
     unknown_names = splits["unknown"]["label"] if "unknown" in splits else None
@@ -443,7 +412,7 @@ def save(
         if importlib.util.find_spec("matplotlib"):
             from protoleak.forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(Evaluation.from_dict(summary), model.density), partial / "figures")
+            save_figures(draw_evaluation(Evaluation.from_dict(summary), model.detector), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
     write_card(folder, model, origin, _command(arguments), summary)
 

@@ -81,11 +81,7 @@ def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
     """The fields of [`Predictions`] that a model's output has, labels aside."""
     columns = {name: getattr(output, name).float() for name in ("embeddings", "gates", "statistics")}
     columns["probabilities"] = output.logits.double().softmax(dim=1)
-    verdict = {
-        "open_set_score": output.log_density,
-        "p_values": output.p_values,
-        "class_p_values": output.class_p_values,
-    }
+    verdict = {name: getattr(output, name) for name in ("open_set_score", "p_values", "class_p_values")}
     return columns | {name: part.to(device) for name, part in verdict.items() if part is not None}
 
 
@@ -126,8 +122,8 @@ class Subject:
             ValueError: the checkpoint has no verdicts, or other classes than the data set.
         """
         model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
-        if model.density is None:
-            raise ValueError(f"{checkpoint} has no density, so it has no verdicts to evaluate; run train.py")
+        if model.detector is None:
+            raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
         processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
         splits = held_out_images(dataset, model.config.label_names, unknown)
         accelerator = Accelerator()

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
 from ..configuration_protoleak import FEATURES
-from ..density_protoleak import OPEN_SET_SCORES
 from ..evaluate_protoleak.evaluate_protoleak import (
     attribution_metrics,
     closed_set_metrics,
     open_set_metrics,
 )
+from ..scores_protoleak import OPEN_SET_SCORES
 from ..training.latents import encode_split
 from .predictions import Predictions, Subject, predict
 from .shortcuts import format_bias
@@ -283,7 +283,7 @@ def evaluate_model(
     Everything that is to be known of a checkpoint.
 
     Args:
-        model ([`ProtoLeakForImageAttribution`]): With a density.
+        model ([`ProtoLeakForImageAttribution`]): With a detector.
         test, unknown: Latents, and labels 0..K-1 of known classes.
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
         noise_seeds (`int`): How many draws of the evaluation noise the main metrics are given for.
@@ -322,7 +322,7 @@ def compare_open_set_scores(model, known: Predictions, unknown: Predictions) -> 
     AUROC, AUPR, FPR95, EER and overlap of the score in use, and of each of the package's, fitted on the
     checkpoint's training images. benchmarks/open_set.py compares many more.
     """
-    train = model.density.train_
+    train = model.detector.train_
     table = {model.config.open_set_title: open_set_metrics(known.open_set_score, unknown.open_set_score)}
     for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():

@@ -20,7 +20,7 @@ from ..evaluation.report import TITLES
 from ..files_protoleak import write_whole
 from ..image_processing_protoleak import open_image
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
-from .figures import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
+from .figures import EmbeddingMap, draw_contributions, draw_open_set_score, draw_timesteps
 from .provenance import summarise_provenance
 from .scan import Attributor, checkpoint_file
 
@@ -45,7 +45,7 @@ class Examiner:
             model=self.network, image_processor=self.attributor.processor
         )
         self.measured = _measured(model, revision)
-        self.map = EmbeddingMap(self.network.density) if self.network.density is not None else None
+        self.map = EmbeddingMap(self.network.detector) if self.network.detector is not None else None
 
     def examine(self, file: str | os.PathLike) -> dict[str, Any]:
         """
@@ -63,7 +63,7 @@ class Examiner:
         when it was asked for.
         """
         config = self.network.config
-        density = self.network.density
+        detector = self.network.detector
         return {
             "model": self.attributor.name,
             "revision": self.attributor.revision,
@@ -73,8 +73,7 @@ class Examiner:
             "noise_seed": config.noise_seed,
             "timesteps": config.timesteps,
             "alpha": config.alpha,
-            "threshold": density.threshold(config.alpha) if density is not None else None,
-            "scorer": config.scorer,
+            "threshold": detector.threshold(config.alpha) if detector is not None else None,
             "open_set_score": config.open_set_title,
             "classes": config.label_names,
             "error_rates": _error_rates(self.measured),
@@ -142,11 +141,11 @@ def reasons_in_words(record: dict[str, Any]) -> list[str]:
         lines.append(_contributions_in_words(reason["contributions"]))
     steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
     lines.append(f"attention over timesteps: {steps}")
-    if density := reason["density"]:
+    if place := reason["open_set"]:
         lines.append(
-            f"open-set score {density['log_density']:.2f}, higher than that of {density['rank']:.1%} of "
-            f"{density['count']} known images that calibrate it; "
-            f"below {density['threshold']:.2f} it would be unknown"
+            f"open-set score {place['open_set_score']:.2f}, higher than that of {place['rank']:.1%} of "
+            f"{place['count']} known images that calibrate it; "
+            f"below {place['threshold']:.2f} it would be unknown"
         )
     lines.append(_stability_in_words(reason["stability"], record["label"]))
     return lines
@@ -242,8 +241,8 @@ def _preview(file: str) -> str:
 
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The nearest prototypes, with thumbnails of the training images near them as `pictures`."""
-    density = examiner.network.density
-    thumbnails = density.thumbnails_ if density is not None else {}
+    detector = examiner.network.detector
+    thumbnails = detector.thumbnails_ if detector is not None else {}
 
     def pictures(row: dict[str, Any]) -> list[dict[str, str]]:
         shown = [example for example in row["examples"] if example["index"] in thumbnails]
@@ -257,16 +256,16 @@ def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]
 
 def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]]:
     """Title and SVG of each drawing of a record's reasons."""
-    reason, density, figures = record["explanation"], examiner.network.density, {}
+    reason, detector, figures = record["explanation"], examiner.network.detector, {}
     if reason["contributions"]:
         title = "What speaks for the first class against the second"
         figures[title] = draw_contributions(reason["contributions"])
     figures["Attention over timesteps"] = draw_timesteps(reason["timesteps"])
-    if density is not None:
+    if detector is not None:
         figures["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
         likeliest = examiner.network.config.label2id[record["attributions"][0]["label"]]
-        calibration = density.calibration_of(likeliest)  # what the threshold in the reason is of
-        figures["How usual it is among known images"] = draw_density(calibration, reason["density"])
+        calibration = detector.calibration_of(likeliest)  # what the threshold in the reason is of
+        figures["How usual it is among known images"] = draw_open_set_score(calibration, reason["open_set"])
     return [{"title": title, "uri": _svg(figure)} for title, figure in figures.items()]
 
 

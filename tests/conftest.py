@@ -48,7 +48,7 @@ def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
     return model
 
 
-def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
+def fit_random_detector(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     size, num_labels = model.config.embedding_size, model.config.num_labels
     channels = model.config.latent_channels
@@ -60,7 +60,7 @@ def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> No
         gates, statistics = rng.uniform(size=(count, size)), rng.normal(size=(count, num_statistics))
         return {"embeddings": embeddings, "gates": gates, "statistics": statistics, "labels": labels}
 
-    model.fit_density(draw(60), draw(40))
+    model.fit_detector(draw(60), draw(40))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def model() -> ProtoLeakForImageAttribution:
 @pytest.fixture
 def fitted_model() -> ProtoLeakForImageAttribution:
     model = tiny_model()
-    fit_random_density(model)
+    fit_random_detector(model)
     return model
 
 
@@ -89,7 +89,7 @@ def photo() -> Image.Image:
 
 @pytest.fixture
 def checkpoint(fitted_model, processor, tmp_path) -> Path:
-    """The folder of a checkpoint with a density."""
+    """The folder of a checkpoint with a detector."""
     fitted_model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"

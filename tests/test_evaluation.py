@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from protoleak.cli import main
-from protoleak.density_protoleak import OPEN_SET_SCORES
+from protoleak.scores_protoleak import OPEN_SET_SCORES
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import (
     Evaluation,

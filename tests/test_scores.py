@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from protoleak.density_protoleak import OPEN_SET_SCORES as OF_THE_PACKAGE
 from protoleak.evaluation.predictions import Predictions
+from protoleak.scores_protoleak import OPEN_SET_SCORES as OF_THE_PACKAGE
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis

@@ -33,7 +33,7 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
     outputs = [model(processor(file)["pixel_values"]) for file in files]
     model.enroll(name, {part: torch.cat([o[part] for o in outputs]) for part in PARTS})
-    first = len(model.density.train_["labels"]) - len(files)  # of the new among the training images
+    first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
     model.keep_thumbnails(lambda i: files[i - first] if i >= first else None)
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
@@ -41,4 +41,4 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
     origin = f"{name} was enrolled in {checkpoint} from {len(files)} images, without training."
     command = f"protoleak enroll {name} IMAGES --model {checkpoint} --output_dir {target}"
     write_card(target, model, origin, command)
-    return model.density.labels
+    return model.detector.labels
