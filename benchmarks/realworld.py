@@ -120,7 +120,7 @@ def baseline(path: str) -> SplitEvaluation:
 def measure(
     data: str, encoder: nn.Module | None, words: list[str]
 ) -> tuple[dict, dict[str, Predictions], OpenSetDetector]:
-    """Train on `data`: the summary, what the model gives for the test and unknown images, and its detector."""
+    """Train on `data`: the summary, predictions of the test and unknown images, and the detector."""
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0]
     with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
         summary = train(arguments)
