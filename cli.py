@@ -143,16 +143,14 @@ def enroll(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """`protoleak evaluate`: every figure of a checkpoint on a data set's held-out test split."""
     from .evaluation.protocol import evaluate_model, format_bias, format_report
-    from .training.latents import encode_split
+    from .training.latents import LatentCache, View
 
     model, processor, splits, accelerator = _load_for_evaluation(arguments)
-    names = model.config.label_names
-    alike = {"operator": "jpeg", "strength": 90.0} if arguments.normalise_format else {}
-    data = {
-        split: encode_split(rows, names, model, processor, accelerator, **alike)
-        for split, rows in splits.items()
-    }
-    report = {"model": arguments.model, "dataset": arguments.dataset, "normalised_format": bool(alike)}
+    alike = View(operator="jpeg", strength=90.0) if arguments.normalise_format else View()
+    cache = LatentCache(model, processor, accelerator)
+    data = {split: cache.encode(rows, alike) for split, rows in splits.items()}
+    report = {"model": arguments.model, "dataset": arguments.dataset}
+    report["normalised_format"] = arguments.normalise_format
     report |= evaluate_model(
         model,
         data["test"],
@@ -166,7 +164,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         text = format_report(report)
         print(text)
         bias = report["format_bias"]
-        if bias["p_value"] < 0.01 and not alike:
+        if bias["p_value"] < 0.01 and not arguments.normalise_format:
             print(
                 "warning: file formats, sizes or metadata alone tell the classes apart, so a model may have "
                 "learned those; evaluate with --normalise_format, and train on files that are encoded alike",

@@ -71,7 +71,7 @@ def main() -> None:
     for name, encode in spaces.items():
         latents = torch.cat([encode(batch.flatten(0, 1)) for batch in pixels["train"].split(8)])
         whitening = LatentWhitening(latents.shape[1])
-        whitening.fit(latents)
+        whitening.fit(latents.split(64))
         changes = {
             "as they are": lambda z: z,
             "whitened": whitening,

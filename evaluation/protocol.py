@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.tree import DecisionTreeClassifier
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..configuration_protoleak import FEATURES
@@ -27,7 +27,7 @@ from ..evaluate_protoleak.evaluate_protoleak import (
     open_set_figures,
 )
 from ..postprocessing_protoleak import CHAINS, OPERATORS
-from ..training.latents import content_key, encode_split
+from ..training.latents import LatentCache, LatentDataset, View
 
 REAL = "real"
 RESAMPLES = 300
@@ -64,7 +64,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
+def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
     """
     Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
     """
@@ -91,19 +91,11 @@ def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: in
 
 
 def predict_splits(
-    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator,
-    keys: Mapping[str, str] | None = None, **view: Any,
-) -> dict[str, Predictions]:  # fmt: skip
-    """
-    [`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE. `keys` are
-    the splits' [`content_key`], where they are at hand; `view` is how [`encode_split`] post-processes them.
-    """
-    names, made = model.config.label_names, {}
-    for split, part in rows.items():
-        key = None if keys is None else keys[split]
-        data = encode_split(part, names, model, processor, accelerator, key=key, **view)
-        made[split] = predict(model, data, accelerator)
-    return made
+    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator
+) -> dict[str, Predictions]:
+    """[`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE."""
+    cache = LatentCache(model, processor, accelerator)
+    return {split: predict(model, cache.encode(part), accelerator) for split, part in rows.items()}
 
 
 def figures(
@@ -264,19 +256,20 @@ def robustness(
     rows = {split: splits[split] for split in ("test", "unknown") if split in splits}
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
-    keys = {split: content_key(part, model, processor) for split, part in rows.items()}
     cases: list[tuple[str | None, float | None]] = [(None, None)]
     for name, (_, strengths) in OPERATORS.items():
         cases += [(name, s) for s in ((strengths[len(strengths) // 2],) if quick else strengths)]
     cases += [(name, None) for name in CHAINS]
+    views = [View(operator=operator, strength=strength, seed=seed) for operator, strength in cases]
+    cache = LatentCache(model, processor, accelerator)
+    encoded = {split: cache.encode_views(part, views) for split, part in rows.items()}
     table, untouched = [], None
-    for operator, strength in tqdm(cases, desc="robustness", disable=not accelerator.is_main_process):
-        view = {"operator": operator, "strength": strength, "seed": seed}
-        made = predict_splits(model, processor, rows, accelerator, keys, **view)
+    for view in tqdm(views, desc="robustness", disable=not accelerator.is_main_process):
+        made = {split: predict(model, of_views[view], accelerator) for split, of_views in encoded.items()}
         values = figures(made["test"], made.get("unknown"), names, model.config.alpha)
         verdicts = np.concatenate([_verdicts(part, model.config.alpha) for part in made.values()])
         untouched = verdicts if untouched is None else untouched
-        row = {"operator": operator or "none", "strength": strength}
+        row = {"operator": view.operator or "none", "strength": view.strength}
         row |= {name: values[name] for name in OF_ROBUSTNESS if name in values}
         table.append(row | {"stability": float((verdicts == untouched).mean())})
     return table
@@ -307,8 +300,8 @@ def format_robustness(table: list[dict[str, Any]]) -> str:
 
 def evaluate_model(
     model,
-    test: TensorDataset,
-    unknown: TensorDataset | None,
+    test: LatentDataset,
+    unknown: LatentDataset | None,
     accelerator: Accelerator,
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
