@@ -77,9 +77,6 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
     return summary
 
 
-# --- the steps, in their order ------------------------------------------------------------------------------
-
-
 @contextmanager
 def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
     """Note how long a step takes."""
@@ -199,11 +196,12 @@ def summarise(
     history: list[dict[str, float]], arguments: TrainingArguments, accelerator: Accelerator,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures of the finished model on test and unknown images, and the history of the run."""
-    unknown_names = splits["unknown"]["label"] if "unknown" in splits else None
+    names = splits["unknown"]["label"] if "unknown" in splits else None
+    options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples}
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": len(history) - 1,
-        **evaluate_model(model, data.test, data.unknown, accelerator, unknown_names),
+        **evaluate_model(model, data.test, data.unknown, accelerator, **options),
         "history": history,
     }
 

@@ -305,6 +305,7 @@ def evaluate_model(
     accelerator: Accelerator,
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """
     Everything that is to be known of a checkpoint: what [`summarize`] gives, and
@@ -333,7 +334,7 @@ def evaluate_model(
         "alpha": config.alpha,
         "open_set_score": config.open_set_title,
     }
-    report |= summarize(seen, strange, names, alpha=config.alpha)
+    report |= summarize(seen, strange, names, resamples, alpha=config.alpha)
     confusion = np.zeros((len(names), len(names) + 1), int)
     np.add.at(confusion, (seen.labels, _verdicts(seen, config.alpha)), 1)
     report["confusion"] = confusion.tolist()

@@ -1,7 +1,6 @@
 """`protoleak evaluate` and `protoleak robustness`, and the figures that they print."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ from protoleak.evaluation.protocol import (
 from protoleak.evaluation.splits import load_splits, load_unknown
 from protoleak.train import train
 
-from .test_train import _cache_in_tmp_path, arguments, draw, folder, recipe  # noqa: F401 (fixtures)
+from .conftest import arguments, draw
 
 NAMES = ["real", "a"]
 
@@ -60,7 +59,7 @@ def test_calibration_error_by_counting():
     assert expected_calibration_error(honest, drawn) < 0.02
 
 
-def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F811
+def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):
     train(arguments(tmp_path, folder, recipe))
     more = tmp_path / "more"
     more.mkdir()
@@ -101,7 +100,7 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert "| gaussian_blur | 1 |" in capsys.readouterr().out
 
 
-def test_what_cannot_be_evaluated_is_named(tmp_path, folder, recipe, capsys):  # noqa: F811
+def test_what_cannot_be_evaluated_is_named(tmp_path, folder, recipe, capsys):
     train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
     options = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder)]
     assert main([*options, "--unknown", str(folder / "test")]) == 2
@@ -129,13 +128,13 @@ def test_formats_that_give_the_class_away_are_noticed(tmp_path):
     assert differ["values"]["format"] == 2
 
 
-def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):  # noqa: F811
+def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):
     assert set(load_unknown(str(folder / "unknown/c"))["label"]) == {"unknown"}
     assert set(load_unknown(str(folder / "unknown"))["label"]) == {"c"}
     assert len(load_unknown(str(folder / "unknown"))) == 8
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: F811
+def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):
     train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
     command = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder), "--noise_seeds", "1"]
     assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
@@ -143,7 +142,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: 
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run = subprocess.run(
         [*launch, "-m", "protoleak.cli", *command, "--output_dir", str(tmp_path / "two")],
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     one, two = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two"))

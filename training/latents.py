@@ -22,7 +22,6 @@ from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..postprocessing_protoleak import postprocess
 
-SHARD_SIZE = 2048  # images in a file of cached latents
 ITEM_SIZE = np.dtype(np.float16).itemsize
 
 
@@ -66,19 +65,20 @@ class LatentDataset(torch.utils.data.Dataset):
     asked for; nothing of the files stays in this process's memory.
 
     Args:
-        files (`list[Path]`): Of `SHARD_SIZE` rows each, the last of those that are left.
+        files (`list[Path]`): Of `shard_size` rows each, the last of those that are left.
         shape (`tuple[int, ...]`): Of one row.
         labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1, -1 for any other.
+        shard_size (`int`): Rows of a file.
     """
 
-    def __init__(self, files: list[Path], shape: tuple[int, ...], labels: torch.Tensor):
-        self.files, self.shape, self.labels = files, shape, labels
+    def __init__(self, files: list[Path], shape: tuple[int, ...], labels: torch.Tensor, shard_size: int):
+        self.files, self.shape, self.labels, self.shard_size = files, shape, labels, shard_size
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shard, place = divmod(range(len(self))[index], SHARD_SIZE)
+        shard, place = divmod(range(len(self))[index], self.shard_size)
         size = math.prod(self.shape)
         row = np.fromfile(self.files[shard], np.float16, size, offset=place * size * ITEM_SIZE)
         return torch.from_numpy(row).view(self.shape), self.labels[index]
@@ -95,6 +95,7 @@ class LatentCache:
         processor ([`ProtoLeakImageProcessor`]): Makes pixel values of images.
         accelerator (`Accelerator`): Of the processes that take part.
         batch_size (`int`): Images that are encoded at once.
+        shard_size (`int`): Images in a file.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class LatentCache:
         processor: ProtoLeakImageProcessor,
         accelerator: Accelerator,
         batch_size: int = 16,
+        shard_size: int = 2048,
     ):
         self.model, self.processor, self.accelerator = model, processor, accelerator
-        self.batch_size = batch_size
+        self.batch_size, self.shard_size = batch_size, shard_size
         self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
 
     @property
@@ -143,16 +145,16 @@ class LatentCache:
         encoded = {}
         for view in views:
             files = self._encode_shards(rows, view, f"{key}-{view.name}")
-            encoded[view] = LatentDataset(files, self.shape, labels)
+            encoded[view] = LatentDataset(files, self.shape, labels, self.shard_size)
         return encoded
 
     def _encode_shards(self, rows: Dataset, view: View, name: str) -> list[Path]:
         """The files of a view's latents; those that are missing are written first."""
-        count = max(1, math.ceil(len(rows) / SHARD_SIZE))
+        count = max(1, math.ceil(len(rows) / self.shard_size))
         files = [self.folder / f"{name}-{number}-of-{count}.latents" for number in range(count)]
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
-            members = range(number * SHARD_SIZE, min((number + 1) * SHARD_SIZE, len(rows)))
+            members = range(number * self.shard_size, min((number + 1) * self.shard_size, len(rows)))
             size = len(members) * math.prod(self.shape) * ITEM_SIZE
             if not files[number].exists() or files[number].stat().st_size != size:
                 self._write_shard(rows.select(members), view, files[number])
