@@ -126,7 +126,7 @@ def enroll(arguments: argparse.Namespace) -> int:
         raise ValueError(f"no images found in {', '.join(arguments.images)}")
     parts = ("embeddings", "gates", "statistics")
     model.enroll(arguments.name, {part: torch.cat([o[part] for o in outputs]) for part in parts})
-    first = len(model.density.train_["labels"]) - len(files)  # of the new among the training images
+    first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
     model.keep_thumbnails(lambda i: files[i - first] if i >= first else None)
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
@@ -134,9 +134,8 @@ def enroll(arguments: argparse.Namespace) -> int:
     origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
     command = f"protoleak enroll {arguments.name} IMAGES --model {arguments.model} --output_dir {target}"
     write_card(target, model, origin, command)
-    print(
-        f"{arguments.name} enrolled from {len(files)} images; {len(model.density.labels)} classes in {target}"
-    )
+    count = model.config.num_labels
+    print(f"{arguments.name} enrolled from {len(files)} images; {count} classes in {target}")
     return 0
 
 
@@ -174,7 +173,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if arguments.output_dir:
             from .forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(report, model.density), Path(arguments.output_dir) / "figures")
+            save_figures(draw_evaluation(report, model.detector), Path(arguments.output_dir) / "figures")
     return 0
 
 
@@ -221,8 +220,10 @@ def _load_for_evaluation(arguments: argparse.Namespace):
     from .modeling_protoleak import ProtoLeakForImageAttribution
 
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
-    if model.density is None:
-        raise ValueError(f"{arguments.model} has no density, so it has no verdicts to evaluate; run train.py")
+    if model.detector is None:
+        raise ValueError(
+            f"{arguments.model} has no detector, so it has no verdicts to evaluate; run train.py"
+        )
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
     found = load_splits(arguments.dataset)
     splits = DatasetDict(test=found["test"])

@@ -147,7 +147,7 @@ def fit(
         accelerator.log(row, step=epoch)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "epoch"})
         state.save(epoch)
-    model.load_state_dict(progress.best_weights, strict=False)
+    model.load_state_dict(progress.best_weights)
     return progress.history
 
 
@@ -186,7 +186,7 @@ def fit_detector(
 ) -> None:
     """Fit and calibrate the open-set detector, with pictures of the images nearest to each prototype."""
     known, held_out = (predict(model, images, accelerator) for images in (data.known, data.validation))
-    model.fit_density(known, held_out)
+    model.fit_detector(known, held_out)
     images = rows["image"]  # post-processed ones come after all others in `known`
     model.keep_thumbnails(lambda i: (image := images[i % len(images)])["bytes"] or image["path"])
 
@@ -219,7 +219,7 @@ def save(
         if importlib.util.find_spec("matplotlib"):
             from protoleak.forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(summary, model.density), partial / "figures")
+            save_figures(draw_evaluation(summary, model.detector), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
     write_card(folder, model, origin, arguments.command, summary)
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)

@@ -21,11 +21,7 @@ import numpy as np
 import protoleak.modeling_protoleak
 import protoleak.train
 import torch
-from accelerate import Accelerator
 from datasets import DatasetDict
-from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.configuration_protoleak import SCORERS
-from protoleak.evaluation.protocol import figures, predict_splits
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import TrainingArguments, train
@@ -104,7 +100,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, dict[str, float]]:
-    """Figures of a variant; of the bundled recipe also those of other scorers and of the paper's density."""
+    """Figures of a variant; of the bundled recipe also that of the paper's open-set score."""
     fields, changes, replaced = variant
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         recipe = Path(folder) / "recipe"
@@ -120,18 +116,7 @@ def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, 
         if name == RECIPE:
             paper = summary["open_set_scores"]["kde of embeddings"]
             found["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
-            for scorer in SCORERS[1:]:
-                found[f"scorer {scorer}"] = with_scorer(scorer, arguments, f"{folder}/run")
     return found
-
-
-def with_scorer(scorer: str, arguments: TrainingArguments, checkpoint: str) -> dict[str, float]:
-    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
-    model.config.scorer = scorer
-    processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-    rows = {"test": load_splits(arguments.dataset_name, arguments.seed)["test"]}
-    made = predict_splits(model, processor, rows, Accelerator())
-    return figures(made["test"], None, model.config.label_names)
 
 
 def main() -> None:

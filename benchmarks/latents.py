@@ -17,7 +17,7 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.density_protoleak import OPEN_SET_SCORES
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
 from protoleak.evaluation.splits import load_splits
-from protoleak.modeling_protoleak import LatentWhitening, grid_statistics, normalize_contrast
+from protoleak.statistics_protoleak import LatentWhitening, grid_statistics, normalise_contrast
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 
@@ -75,7 +75,7 @@ def main() -> None:
         changes = {
             "as they are": lambda z: z,
             "whitened": whitening,
-            "whitened, contrast normalised": lambda z, whiten=whitening: normalize_contrast(whiten(z)),
+            "whitened, contrast normalised": lambda z, whiten=whitening: normalise_contrast(whiten(z)),
         }
         for title, change in changes.items():
             features = {split: statistics_of(part, encode, change) for split, part in pixels.items()}

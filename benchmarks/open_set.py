@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.configuration_protoleak import FEATURES
-from protoleak.density_protoleak import KnownDensity
+from protoleak.density_protoleak import OpenSetDetector
 from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_figures
 from protoleak.evaluation.protocol import REAL, Predictions, all_open_set_scores, predict_splits
 from protoleak.evaluation.splits import load_splits
@@ -62,10 +62,10 @@ def families(made: Predictions, names: list[str]) -> list[set[str]]:
     ]
 
 
-def all_scores(density: KnownDensity, known: Predictions, unknown: Predictions) -> dict[str, float]:
+def all_scores(detector: OpenSetDetector, known: Predictions, unknown: Predictions) -> dict[str, float]:
     """AUROC of every score, and of every score of embeddings added to every one of statistics."""
     made = {}
-    for name, scores in all_open_set_scores(density, density.held_out_, vars(known), vars(unknown)):
+    for name, scores in all_open_set_scores(detector, detector.held_out_, vars(known), vars(unknown)):
         in_spreads = RobustScaler().fit(scores[0][:, None])
         made[name] = [in_spreads.transform(one[:, None]).ravel() for one in scores[1:]]
     of_embeddings, of_statistics = (
@@ -87,7 +87,7 @@ def main() -> None:
             leave_out(names, arguments.dataset_name, Path(folder))
             of_rest = replace(arguments, dataset_name=[folder], output_dir=f"{folder}/run")
             model, made = trained(of_rest, "test", "unknown")
-            for score, auroc in all_scores(model.density, made["test"], made["unknown"]).items():
+            for score, auroc in all_scores(model.detector, made["test"], made["unknown"]).items():
                 found.setdefault(score, []).append(auroc)
     titles = [" and ".join(sorted(names)) for names in left_out]
     print(f"| open-set score | mean AUROC | without {' | '.join(titles)} |")

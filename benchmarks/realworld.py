@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
+from protoleak.density_protoleak import OPEN_SET_SCORES, OpenSetDetector
 from protoleak.evaluation.protocol import (
     Predictions,
     format_report,
@@ -122,18 +122,18 @@ def baseline(path: str) -> dict:
 
 def measure(
     data: str, encoder: nn.Module | None, words: list[str]
-) -> tuple[dict, dict[str, Predictions], KnownDensity]:
-    """Train on `data`: the summary, what the model makes of the test and unknown images, and its density."""
+) -> tuple[dict, dict[str, Predictions], OpenSetDetector]:
+    """Train on `data`: the summary, what the model makes of the test and unknown images, and its detector."""
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0]
     with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
         summary = train(arguments)
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir, vae=encoder)
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
     rows = {split: part for split, part in load_splits(data).items() if split in ("test", "unknown")}
-    return summary, predict_splits(model, processor, rows, Accelerator()), model.density
+    return summary, predict_splits(model, processor, rows, Accelerator()), model.detector
 
 
-def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], names: list[str]) -> dict:
+def together(made: list[dict[str, Predictions]], detectors: list[OpenSetDetector], names: list[str]) -> dict:
     """
     Two models asked together: class probabilities are the geometric mean of theirs, and the open-set score is
     the config's, of their embeddings side by side, each of unit length.
@@ -142,9 +142,9 @@ def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], 
     def side_by_side(parts: list) -> np.ndarray:
         return np.hstack([normalize(part) for part in parts])
 
-    known = side_by_side([density.train_["embeddings"] for density in densities])
-    name = densities[0].open_set_scores["embeddings"]
-    score = OPEN_SET_SCORES[name]().fit(known, densities[0].train_["labels"])
+    known = side_by_side([detector.train_["embeddings"] for detector in detectors])
+    name = detectors[0].open_set_scores["embeddings"]
+    score = OPEN_SET_SCORES[name]().fit(known, detectors[0].train_["labels"])
     joined = {}
     for split in made[0]:
         of_both = [part[split] for part in made]
@@ -180,9 +180,9 @@ def main() -> None:
             print(f"\nProto-LeakNet, VAE {name}: {summary['epochs']} epochs, {summary['seconds']['total']} s")
             print(format_report(summary), flush=True)
     if len(found) == 2:
-        summaries, made, densities = zip(*found, strict=True)
+        summaries, made, detectors = zip(*found, strict=True)
         print("\nboth asked together")
-        print(format_summary(together(made, densities, summaries[0]["labels"])))
+        print(format_summary(together(made, detectors, summaries[0]["labels"])))
 
 
 if __name__ == "__main__":

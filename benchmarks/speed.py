@@ -127,7 +127,7 @@ def pipeline_ratio(attributor: Attributor, files: list[Path], batch_size: int, r
 
 
 def random_checkpoint(folder: Path) -> None:
-    """The paper's setting with random weights, and a density fitted on random embeddings."""
+    """The paper's setting with random weights, and a detector fitted on random embeddings."""
     labels = {k: f"class {k}" for k in range(10)}
     config = ProtoLeakConfig(id2label=labels, label2id={name: k for k, name in labels.items()})
     model = ProtoLeakForImageAttribution(config).eval()
@@ -138,7 +138,7 @@ def random_checkpoint(folder: Path) -> None:
         size = {"embeddings": 128, "gates": 128, "statistics": 30}
         return {n: rng.normal(size=(count, s)) for n, s in size.items()} | {"labels": np.arange(count) % 10}
 
-    model.fit_density(draw(1000), draw(500))
+    model.fit_detector(draw(1000), draw(500))
     model.save_pretrained(folder)
     ProtoLeakImageProcessor(crop_size=256).save_pretrained(folder)
 
@@ -188,7 +188,7 @@ def network_seconds(validated: int) -> float:
     size = ProtoLeakImageProcessor.from_pretrained(HERE).crop_size // 4
     latents = torch.randn(64, model.config.latent_channels, size, size)
     labels = torch.arange(64) % model.config.num_labels
-    model.density = None
+    model.detector = None
 
     def epoch() -> None:
         model.train()

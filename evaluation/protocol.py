@@ -45,14 +45,14 @@ OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rat
 @dataclass
 class Predictions:
     """
-    Of N images: embeddings (N, D), class probabilities (N, K), labels (N,), and where there are any log
-    densities (N,), gates (N, D), statistics (N, S), p-values (N,) and class p-values (N, K).
+    Of N images: embeddings (N, D), class probabilities (N, K), labels (N,), and where there are any
+    open-set scores (N,), gates (N, D), statistics (N, S), p-values (N,) and class p-values (N, K).
     """
 
     embeddings: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray
-    log_density: np.ndarray | None = None
+    open_set_score: np.ndarray | None = None
     gates: np.ndarray | None = None
     statistics: np.ndarray | None = None
     p_values: np.ndarray | None = None
@@ -81,7 +81,7 @@ def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: in
             "probabilities": output.logits.double().softmax(dim=1),
             "labels": labels,
         }
-        for name in ("log_density", "p_values", "class_p_values"):
+        for name in ("open_set_score", "p_values", "class_p_values"):
             if (part := getattr(output, name)) is not None:
                 row[name] = part.to(accelerator.device)
         for name, part in accelerator.gather_for_metrics(row).items():
@@ -105,16 +105,16 @@ def figures(
     All figures of held-out test images of known classes, and of images by unknown generators where there are
     some.
 
-    The open-set score is the log density. Keys are those of `evaluate_protoleak`, and see `TITLES`;
+    Keys are those of `evaluate_protoleak`, and see `TITLES`;
     `real_...` are those of the probability of the class "real", where there is one, against generated
     images. Error rates of verdicts are at the level `alpha`.
     """
-    open_set = unknown is not None and test.log_density is not None
+    open_set = unknown is not None and test.open_set_score is not None
     result = attribution_figures(
         test.probabilities,
         test.labels,
-        known_scores=test.log_density if open_set else None,
-        unknown_scores=unknown.log_density if open_set else None,
+        known_scores=test.open_set_score if open_set else None,
+        unknown_scores=unknown.open_set_score if open_set else None,
         label_names=label_names,
     )
     if REAL in label_names:
@@ -321,7 +321,7 @@ def evaluate_model(
       probabilities of the class "real" for `real` and `generated` ones.
 
     Args:
-        model ([`ProtoLeakForImageAttribution`]): With a density.
+        model ([`ProtoLeakForImageAttribution`]): With a detector.
         test, unknown: Latents, and labels 0..K-1 of known classes.
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
     """
@@ -347,7 +347,7 @@ def evaluate_model(
             part = strange.take(np.flatnonzero(members == name))
             likeliest = np.bincount(part.probabilities.argmax(axis=1), minlength=len(names))
             report["per_unknown"][str(name)] = {
-                "auroc": open_set_figures(seen.log_density, part.log_density)["auroc"],
+                "auroc": open_set_figures(seen.open_set_score, part.open_set_score)["auroc"],
                 "unknown_rejected": float((part.p_values <= config.alpha).mean()),
                 "likeliest": names[likeliest.argmax()],
                 "likeliest_share": float(likeliest.max() / likeliest.sum()),
@@ -355,9 +355,9 @@ def evaluate_model(
     rng = np.random.default_rng(0)
     shuffled = [closed_set_figures(seen.probabilities, rng.permutation(seen.labels)) for _ in range(20)]
     report["shuffled_macro_auc"] = float(np.mean([f["macro_auc"] for f in shuffled]))
-    report["scores"] = {"known": seen.log_density.tolist()}
+    report["scores"] = {"known": seen.open_set_score.tolist()}
     if strange is not None:
-        report["scores"]["unknown"] = strange.log_density.tolist()
+        report["scores"]["unknown"] = strange.open_set_score.tolist()
     if REAL in names:
         of_real, is_real = seen.probabilities[:, names.index(REAL)], seen.labels == names.index(REAL)
         report["scores"] |= {"real": of_real[is_real].tolist(), "generated": of_real[~is_real].tolist()}
@@ -381,12 +381,14 @@ def _over_noise_seeds(model, test, unknown, accelerator, first: dict, count: int
     return found
 
 
-def all_open_set_scores(density, *images: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[np.ndarray]]]:
+def all_open_set_scores(
+    detector, *images: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
     """
-    Every score of `OPEN_SET_SCORES`, of embeddings and of statistics, fitted on a density's training images:
+    Every score of `OPEN_SET_SCORES`, of embeddings and of statistics, fitted on a detector's training images:
     its name, and what it gives for each of `images`, which have `embeddings` and `statistics`.
     """
-    train = density.train_
+    train = detector.train_
     for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
@@ -395,18 +397,8 @@ def all_open_set_scores(density, *images: Mapping[str, np.ndarray]) -> Iterator[
 
 def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
     """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
-    table = {model.config.open_set_title: [test.log_density, unknown.log_density]}
-    table |= all_open_set_scores(model.density, vars(test), vars(unknown))
-    table["max_softmax"] = [part.probabilities.max(axis=1) for part in (test, unknown)]
-    with torch.no_grad():
-        inputs = [
-            [torch.from_numpy(x).to(model.device) for x in (part.embeddings, part.gates)]
-            for part in (test, unknown)
-        ]
-        table["energy"] = [model.head(*x).double().logsumexp(dim=1).cpu().numpy() for x in inputs]
-        table["prototype_distance"] = [
-            -model.head.distances(*x).flatten(1).amin(dim=1).double().cpu().numpy() for x in inputs
-        ]
+    table = {model.config.open_set_title: [test.open_set_score, unknown.open_set_score]}
+    table |= all_open_set_scores(model.detector, vars(test), vars(unknown))
     return {name: open_set_figures(*scores) for name, scores in table.items()}
 
 

@@ -32,13 +32,13 @@ class EmbeddingMap:
     which needs umap-learn.
 
     Args:
-        density ([`KnownDensity`]): Of the checkpoint.
+        detector ([`OpenSetDetector`]): Of the checkpoint.
         method (`str`): `"pca"` or `"umap"`.
     """
 
-    def __init__(self, density: Any, method: str = "pca"):
-        known = density.train_["embeddings"].numpy()
-        self.labels, self.members = density.labels, density.train_["labels"].numpy()
+    def __init__(self, detector: Any, method: str = "pca"):
+        known = detector.train_["embeddings"].numpy()
+        self.labels, self.members = detector.labels, detector.train_["labels"].numpy()
         if method == "umap":
             from umap import UMAP
 
@@ -70,7 +70,7 @@ def draw_density(calibration: Any, reason: dict[str, Any]) -> Figure:
     """Histogram of the calibration images' open-set scores, with the threshold and this image's."""
     scores = np.asarray(calibration)
     low, high = np.quantile(scores, [0.005, 0.995])
-    score = reason["log_density"]
+    score = reason["open_set_score"]
     figure, axes = _axes(5.2, 2.6, xlabel="open-set score", ylabel="known images, held out")
     left, right = min(low, score), max(high, score)
     axes.hist(scores.clip(left, right), bins=50, range=(left, right), color=GREY)
@@ -145,7 +145,7 @@ def draw_reliability(rows: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, Figure]:
+def draw_evaluation(report: dict[str, Any], detector: Any) -> dict[str, Figure]:
     """The figures of a report of [`evaluate_model`], by name: roc, confusion, reliability, embeddings."""
     pairs = {
         "known against unknown": ("known", "unknown"),
@@ -156,7 +156,7 @@ def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, Figure]:
     drawn = {"roc": draw_roc(curves)} if curves else {}
     drawn["confusion"] = draw_confusion(report)
     drawn["reliability"] = draw_reliability(report["reliability"])
-    return drawn | {"embeddings": EmbeddingMap(density).draw()}
+    return drawn | {"embeddings": EmbeddingMap(detector).draw()}
 
 
 def draw_robustness(table: list[dict[str, Any]]) -> Figure:

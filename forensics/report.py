@@ -45,7 +45,7 @@ class Examiner:
             model=self.network, image_processor=self.attributor.processor
         )
         self.metrics = _metrics(model, revision)
-        self.map = EmbeddingMap(self.network.density) if self.network.density is not None else None
+        self.map = EmbeddingMap(self.network.detector) if self.network.detector is not None else None
 
     def examine(self, file: str | os.PathLike) -> dict[str, Any]:
         """
@@ -64,7 +64,7 @@ class Examiner:
         """
         config = self.network.config
         figures = (self.metrics or {}).get("figures", {})
-        density = self.network.density
+        detector = self.network.detector
         return {
             "model": self.attributor.name,
             "revision": self.attributor.revision,
@@ -74,8 +74,7 @@ class Examiner:
             "noise_seed": config.noise_seed,
             "timesteps": config.timesteps,
             "alpha": config.alpha,
-            "threshold": density.threshold(config.alpha) if density is not None else None,
-            "scorer": config.scorer,
+            "threshold": detector.threshold(config.alpha) if detector is not None else None,
             "open_set_score": config.open_set_title,
             "classes": config.label_names,
             "error_rates": [
@@ -139,11 +138,11 @@ def reasons_in_words(record: dict[str, Any]) -> list[str]:
         )
     steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
     lines.append(f"attention over timesteps: {steps}")
-    if density := reason["density"]:
+    if place := reason["open_set"]:
         lines.append(
-            f"open-set score {density['log_density']:.2f}, higher than that of {density['rank']:.1%} of "
-            f"{density['count']} known images that calibrate it; "
-            f"below {density['threshold']:.2f} it would be unknown"
+            f"open-set score {place['open_set_score']:.2f}, higher than that of {place['rank']:.1%} of "
+            f"{place['count']} known images that calibrate it; "
+            f"below {place['threshold']:.2f} it would be unknown"
         )
     stability = reason["stability"]
     changed = [
@@ -219,7 +218,7 @@ def _preview(file: str) -> str:
 
 
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = examiner.network.density.thumbnails_ if examiner.network.density is not None else {}
+    kept = examiner.network.detector.thumbnails_ if examiner.network.detector is not None else {}
     return [
         row
         | {
@@ -241,12 +240,12 @@ def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]
             reason["contributions"]
         )
     made["Attention over timesteps"] = draw_timesteps(reason["timesteps"])
-    density = examiner.network.density
-    if density is not None:
+    detector = examiner.network.detector
+    if detector is not None:
         made["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
         likeliest = examiner.network.config.label2id[record["attributions"][0]["label"]]
-        calibration = density.calibration_of(likeliest)  # what the threshold in the reason is of
-        made["How usual it is among known images"] = draw_density(calibration, reason["density"])
+        calibration = detector.calibration_of(likeliest)  # what the threshold in the reason is of
+        made["How usual it is among known images"] = draw_density(calibration, reason["open_set"])
     drawings = []
     for title, figure in made.items():
         content = io.BytesIO()

@@ -53,7 +53,7 @@ def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
     return model
 
 
-def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
+def fit_random_detector(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     size, num_labels = model.config.embedding_size, model.config.num_labels
     channels = model.config.latent_channels
@@ -65,7 +65,7 @@ def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> No
         gates, statistics = rng.uniform(size=(count, size)), rng.normal(size=(count, num_statistics))
         return {"embeddings": embeddings, "gates": gates, "statistics": statistics, "labels": labels}
 
-    model.fit_density(draw(60), draw(40))
+    model.fit_detector(draw(60), draw(40))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def model() -> ProtoLeakForImageAttribution:
 @pytest.fixture
 def fitted_model() -> ProtoLeakForImageAttribution:
     model = tiny_model()
-    fit_random_density(model)
+    fit_random_detector(model)
     return model
 
 
@@ -94,7 +94,7 @@ def photo() -> Image.Image:
 
 @pytest.fixture
 def checkpoint(fitted_model, processor, tmp_path) -> Path:
-    """The folder of a checkpoint with a density."""
+    """The folder of a checkpoint with a detector."""
     fitted_model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
@@ -103,6 +103,15 @@ def checkpoint(fitted_model, processor, tmp_path) -> Path:
 @pytest.fixture
 def attributor(checkpoint) -> Attributor:
     return Attributor(str(checkpoint))
+
+
+@pytest.fixture
+def blobs():
+    """300 samples of 3 classes at D = 128, and 50 queries."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    centres = rng.normal(size=(3, 128))
+    return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -143,7 +152,7 @@ def save_recipe(target: Path) -> Path:
 def arguments(tmp_path: Path, folder: Path, recipe: Path, **changes: Any) -> TrainingArguments:
     """Of a run of a few seconds, which writes tmp_path/run."""
     values = {"dataset_name": [str(folder)], "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
-    values |= {"augmented_views": 1, "bootstrap_resamples": 20}
+    values |= {"augmented_views": 2, "bootstrap_resamples": 20}
     return TrainingArguments(
         **values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes
     )

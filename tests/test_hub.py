@@ -40,7 +40,9 @@ def test_the_diffusion_pipeline_gives_the_models_numbers(pipe, checkpoint, proce
     result = pipe([photo, photo], output_latents=True)
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     output = model(**processor([photo, photo]), output_noisy_latents=True)
-    torch.testing.assert_close(torch.tensor(result.log_densities, dtype=torch.float64), output.log_density)
+    torch.testing.assert_close(
+        torch.tensor(result.open_set_scores, dtype=torch.float64), output.open_set_score
+    )
     torch.testing.assert_close(result.latents, output.noisy_latents)
     assert result.latents.shape == (2, 3, 4, 8, 8)
     assert result.labels == [record["label"] for record in result.records]
@@ -49,20 +51,20 @@ def test_the_diffusion_pipeline_gives_the_models_numbers(pipe, checkpoint, proce
 
 
 def test_dtype_is_that_of_the_vae_and_the_head_stays_in_float32(pipe, photo):
-    expected = pipe(photo).log_densities[0]
+    expected = pipe(photo).open_set_scores[0]
     pipe.to(torch.bfloat16)
     assert pipe.vae.dtype == torch.bfloat16
     assert pipe.attribution_model.dtype == torch.float32
-    assert pipe(photo).log_densities[0] == pytest.approx(expected, rel=0.2)
+    assert pipe(photo).open_set_scores[0] == pytest.approx(expected, rel=0.2)
 
 
-def test_a_swapped_scheduler_or_vae_does_not_keep_the_old_density(pipe, photo):
+def test_a_swapped_scheduler_or_vae_does_not_keep_the_old_detector(pipe, photo):
     pipe(photo)
     before = pipe.scheduler
     pipe.scheduler = DDPMScheduler()  # linear betas
     with pytest.raises(ValueError, match="fitted for other"):
         pipe(photo)
-    pipe.attribution_model.density = None
+    pipe.attribution_model.detector = None
     assert pipe(photo).p_values == [None]
     assert pipe.attribution_model.config.beta_schedule == "linear"
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
@@ -85,9 +87,9 @@ def test_a_swapped_vae_of_other_weights_is_noticed(pipe, photo):
 
 
 def test_slicing_changes_nothing(pipe, photo):
-    expected = pipe([photo, photo]).log_densities
+    expected = pipe([photo, photo]).open_set_scores
     pipe.enable_vae_slicing()
-    assert pipe([photo, photo]).log_densities == pytest.approx(expected, abs=1e-5)
+    assert pipe([photo, photo]).open_set_scores == pytest.approx(expected, abs=1e-5)
 
 
 # --- what is wrong is said ----------------------------------------------------------------------------------

@@ -35,7 +35,11 @@ def lines(path):
 
 
 def numbers(record):
-    return record["log_density"], record["p_value"], {a["label"]: a["score"] for a in record["attributions"]}
+    return (
+        record["open_set_score"],
+        record["p_value"],
+        {a["label"]: a["score"] for a in record["attributions"]},
+    )
 
 
 def assert_same(found, expected):

@@ -48,7 +48,7 @@ def test_training_learns_and_writes_a_checkpoint(trained):
     for value in results.values():
         assert f"{value:.4f}" in card.text
     model, cache = load(trained.checkpoint)
-    assert model.density.labels == ["real", "a", "b"]
+    assert model.detector.labels == ["real", "a", "b"]
     # the figures are those of the checkpoint that was written
     predictions = predict(model, cache.encode(load_splits(str(trained.folder))["test"]), Accelerator())
     assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(
@@ -57,10 +57,10 @@ def test_training_learns_and_writes_a_checkpoint(trained):
 
 
 def test_processed_images_are_known_and_calibrate_where_training_sees_them(trained):
-    model, cache = load(trained.checkpoint)  # with one post-processed view of each image
-    assert (len(model.density.train_["labels"]), len(model.density.calibration_)) == (96, 48)
-    first, second = model.density.train_["statistics"].split(48)
-    assert (model.density.train_["labels"][:48] == model.density.train_["labels"][48:]).all()
+    model, cache = load(trained.checkpoint)  # with a post-processed view of each image
+    assert (len(model.detector.train_["labels"]), len(model.detector.calibration_)) == (96, 48)
+    first, second = model.detector.train_["statistics"].split(48)
+    assert (model.detector.train_["labels"][:48] == model.detector.train_["labels"][48:]).all()
     assert ((first - second).abs().amax(dim=1) > 1e-3).all()
     untouched = encode_splits(load_splits(str(trained.folder)), cache, 2, augmented_views=0, seed=0)
     assert (len(untouched.known), len(untouched.validation), len(untouched.train)) == (48, 24, 48)
@@ -164,7 +164,7 @@ def kill_after_an_epoch(wanted, seen: float, wait: float) -> float:
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path, folder, recipe):
     """SIGKILL at random moments, also between epochs, and again while it goes on."""
-    long = {"num_train_epochs": 60, "patience": 60}
+    long = {"num_train_epochs": 30, "patience": 30}
     train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "whole"), **long))
     wanted = arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "killed"), **long)
     rng, seen = random.Random(), 0.0
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(trained, tmp_path, fol
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("protoleak.density_protoleak.KnownDensity.save", full)
+    monkeypatch.setattr("protoleak.density_protoleak.OpenSetDetector.save", full)
     with pytest.raises(OSError, match=r"run can't be written.*No space left"):
         train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
     after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -278,7 +278,7 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(trained, tmp_path, folder, 
     source = {"model_name_or_path": str(trained.checkpoint), "num_train_epochs": 1}
     train(arguments(tmp_path, folder, recipe, **source))
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
-    assert model.density.labels == [model.config.id2label[k] for k in range(3)] == ["real", "new", "newer"]
+    assert model.detector.labels == [model.config.id2label[k] for k in range(3)] == ["real", "new", "newer"]
 
 
 def test_classes_are_added_and_the_old_ones_kept(trained, tmp_path, folder, recipe):

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
-from ..density_protoleak import shrunk
 from ..evaluation.protocol import REAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor
-from ..modeling_protoleak import ProtoLeakForImageAttribution, has_vae_folder, load_autoencoder, load_vae
+from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
 from .latents import LatentDataset
 from .views import RandomView
@@ -88,7 +88,7 @@ def begin_as_discriminant(
     model.eval()
     features, labels = pool_features(model, ConcatDataset(samples), average_crops=False)
     held_out, targets = pool_features(model, validation, average_crops=True)
-    start = initialise_as_discriminant(model, features, labels, held_out, targets)
+    start = model.initialise_as_discriminant(features, labels, held_out, targets)
     logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", start)
     return start
 
@@ -125,56 +125,3 @@ def pool_features(
         features.append(pooled.unflatten(0, (rows, -1)).mean(dim=1).cpu())
         labels.append(targets.repeat_interleave(rows // len(targets)))
     return torch.cat(features), torch.cat(labels)
-
-
-@torch.no_grad()
-def initialise_as_discriminant(
-    model: ProtoLeakForImageAttribution, features: torch.Tensor, labels: torch.Tensor,
-    held_out: torch.Tensor, targets: torch.Tensor,
-) -> dict[str, float]:  # fmt: skip
-    """
-    Make the network a shrunk linear discriminant: the projection's first dimensions are those that tell the
-    classes apart, in units in which a class has unit covariance, and all prototypes of a class begin near its
-    mean. Classes count alike, however many images they have. Shrinkage and scale are those that make the
-    held-out images likeliest.
-
-    Args:
-        features (`torch.Tensor` of shape `(n, num_features)`), labels (`torch.LongTensor` of shape `(n,)`):
-            Pooled features of training images, and their classes, 0..K-1.
-        held_out (`torch.Tensor` of shape `(m, num_features)`), targets (`torch.LongTensor` of shape `(m,)`):
-            The same of other images.
-
-    Returns:
-        `shrinkage` and the held-out `loss`.
-    """
-    encoder, head = model.protoleak.encoder, model.head
-    num_labels, size = model.config.num_labels, model.config.embedding_size
-    if isinstance(encoder.norm, nn.BatchNorm1d):
-        encoder.norm.running_mean.copy_(features.mean(dim=0))
-        encoder.norm.running_var.copy_(features.var(dim=0))
-        features, held_out = encoder.norm.cpu()(features), encoder.norm(held_out)
-        encoder.norm.to(model.device)
-    means = torch.stack([features[labels == k].mean(dim=0) for k in range(num_labels)])
-    weights = 1 / labels.bincount(minlength=num_labels)[labels] / num_labels
-    deviations = (features - means[labels]) * weights.sqrt()[:, None]
-    covariance, centre = (deviations.T @ deviations).double(), means.double().mean(dim=0)
-    means, held_out = means.double() - centre, held_out.double() - centre
-    best = {"loss": math.inf}
-    for shrinkage in (0.05, 0.1, 0.2, 0.4, 0.7, 0.9):
-        factor = torch.linalg.cholesky(shrunk(covariance, shrinkage))
-        whitened = torch.linalg.solve_triangular(factor, means.T, upper=False)  # (F, K)
-        axes = torch.linalg.svd(whitened, full_matrices=False)[0][:, : min(num_labels - 1, size)]
-        projection = torch.linalg.solve_triangular(factor.T, axes, upper=True)  # (F, K - 1)
-        distances = torch.cdist(held_out @ projection, means @ projection).square()
-        for scale in np.geomspace(0.05, 1.0, 25):
-            loss = F.cross_entropy(-distances * scale**2 / 2, targets).item()
-            if loss < best["loss"]:
-                best = {"loss": loss, "shrinkage": shrinkage, "projection": projection * scale}
-    projection = best.pop("projection")
-    used = projection.shape[1]
-    for parameter in model.protoleak.gate.output.parameters():
-        parameter.zero_()  # every dimension weighs a half
-    encoder.projection.weight.zero_()[:used] = projection.T
-    encoder.projection.bias.zero_()[:used] = -(centre @ projection)
-    head.prototypes.normal_(std=0.1)[..., :used] += (means @ projection)[:, None].to(head.prototypes)
-    return best

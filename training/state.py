@@ -37,7 +37,7 @@ class Progress:
     def add(self, row: dict[str, float], model: ProtoLeakForImageAttribution) -> None:
         """Append an epoch's figures; the model's weights are copied if they are the best."""
         if not self.history or row["validation_loss"] < self.best["validation_loss"]:
-            self.best_weights = {name: value.clone() for name, value in network_weights(model).items()}
+            self.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
         self.history.append(row)
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,11 +45,6 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.best_weights = state["history"], state["best_weights"]
-
-
-def network_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state dict without its frozen VAE."""
-    return {name: value for name, value in model.state_dict().items() if "_vae." not in name}
 
 
 class TrainingState:
@@ -69,7 +64,6 @@ class TrainingState:
         self.folder, self.accelerator = output_dir / STATE_FOLDER, accelerator
         facts = [dataclasses.asdict(arguments), accelerator.num_processes, torch.__version__]
         self.run = json.dumps(facts, sort_keys=True)
-        accelerator.register_save_state_pre_hook(_leave_out_vae)
 
     def load(self) -> None:
         """
@@ -87,7 +81,7 @@ class TrainingState:
             return
         last = max(own, key=lambda folder: int(folder.name))
         try:
-            self.accelerator.load_state(str(last), strict=False)  # not strict: the VAE is not in it
+            self.accelerator.load_state(str(last))
         except Exception as error:  # safetensors, torch and pickle raise many kinds for a damaged file
             raise ValueError(f"{last} can't be read: {error}; delete it to train from the start") from error
         logger.info("going on after epoch %s of %s", last.name, self.folder)
@@ -108,9 +102,3 @@ class TrainingState:
             for other in self.folder.iterdir():
                 if other.name != str(epoch):
                     shutil.rmtree(other)
-
-
-def _leave_out_vae(models: list, weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-    for state in weights:
-        for name in [name for name in state if "_vae." in name]:
-            del state[name]
