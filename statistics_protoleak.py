@@ -6,6 +6,7 @@ N, C, H, W in shape comments: latents or feature maps, channels, height, width; 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,15 +145,15 @@ class LatentWhitening(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("matrix", torch.eye(channels))
 
-    def fit(self, latents: torch.Tensor) -> None:
+    def fit(self, batches: Iterable[torch.Tensor]) -> None:
         """
         Args:
-            latents: z_0 of training images, (N, C, H, W), crops if any after N.
+            batches: z_0 of training images, batch by batch, each (N, C, H, W), crops if any after N.
         """
-        channels = latents.shape[-3]
+        channels = len(self.mean)
         total, products, count = torch.zeros(channels).double(), torch.zeros(channels, channels).double(), 0
-        for block in latents.flatten(0, -4).split(64):  # in float64 block by block: no copy of all
-            positions = block.double().transpose(0, 1).flatten(1)  # (C, n)
+        for latents in batches:
+            positions = latents.double().flatten(0, -4).transpose(0, 1).flatten(1)  # (C, n)
             total += positions.sum(dim=1)
             products += positions @ positions.T
             count += positions.shape[1]

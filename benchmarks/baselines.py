@@ -15,6 +15,7 @@ from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import evaluate_predictions
 from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
+from protoleak.training.initialisation import class_names
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -34,7 +35,7 @@ def load_pixels(
     generators, of the wanted splits that there are; and the label names.
     """
     splits = load_splits(name)
-    names = sorted(set(splits["train"]["label"]), key=lambda n: (n != "real", n))
+    names = class_names(splits["train"]["label"])
     index = {n: k for k, n in enumerate(names)}
     processor = ProtoLeakImageProcessor(do_resize=False, **crop)
     pixels, labels = {}, {}

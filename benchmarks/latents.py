@@ -63,7 +63,7 @@ def changes(pixels: torch.Tensor, encode: Callable) -> dict[str, Callable]:
     """What is done to latents before their statistics are taken; whitening is fitted on training images."""
     latents = torch.cat([encode(batch.flatten(0, 1)) for batch in pixels.split(8)])
     whitening = LatentWhitening(latents.shape[1])
-    whitening.fit(latents)
+    whitening.fit(latents.split(64))
     return {
         "as they are": lambda z: z,
         "whitened": whitening,

@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
-from ..training.latents import encode_split
+from ..training.latents import LatentCache, LatentDataset
 from .splits import held_out_images
 
 
@@ -61,7 +60,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
+def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
     """
     Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
     """
@@ -86,19 +85,11 @@ def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def predict_splits(
-    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator,
-    keys: Mapping[str, str] | None = None, **view: Any,
-) -> dict[str, Predictions]:  # fmt: skip
-    """
-    [`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE. `keys` are
-    the splits' [`content_key`], where they are at hand; `view` is how [`encode_split`] post-processes them.
-    """
-    predictions = {}
-    for split, part in rows.items():
-        key = None if keys is None else keys[split]
-        data = encode_split(part, model.config.label_names, model, processor, accelerator, key=key, **view)
-        predictions[split] = predict(model, data, accelerator)
-    return predictions
+    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator
+) -> dict[str, Predictions]:
+    """[`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE."""
+    cache = LatentCache(model, processor, accelerator)
+    return {split: predict(model, cache.encode(part), accelerator) for split, part in rows.items()}
 
 
 @dataclass
@@ -128,3 +119,7 @@ class Subject:
         splits = held_out_images(dataset, model.config.label_names, unknown)
         accelerator = Accelerator()
         return cls(model.to(accelerator.device), processor, splits, accelerator)
+
+    def cache(self) -> LatentCache:
+        """Of the latents of its images."""
+        return LatentCache(self.model, self.processor, self.accelerator)

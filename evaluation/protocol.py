@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from torch.utils.data import TensorDataset
 
 from ..configuration_protoleak import FEATURES
 from ..evaluate_protoleak.evaluate_protoleak import (
@@ -14,7 +13,7 @@ from ..evaluate_protoleak.evaluate_protoleak import (
     open_set_metrics,
 )
 from ..scores_protoleak import OPEN_SET_SCORES
-from ..training.latents import encode_split
+from ..training.latents import LatentDataset, View
 from .predictions import Predictions, Subject, predict
 from .shortcuts import format_bias
 
@@ -204,6 +203,7 @@ def evaluate_predictions(
     label_names: list[str],
     alpha: float = 0.05,
     unknown_names: list[str] | None = None,
+    resamples: int = RESAMPLES,
 ) -> SplitEvaluation:
     """
     The evaluation of what a model, or a baseline, gives for test images.
@@ -212,6 +212,7 @@ def evaluate_predictions(
         test: Of images of known classes, each with at least one.
         unknown (*optional*): Of images by unknown generators.
         unknown_names (`list[str]`, *optional*): Of each of these, its generator.
+        resamples (`int`): Of the bootstrap.
     """
     names = ["unknown"] * (0 if unknown is None else len(unknown)) if unknown_names is None else unknown_names
     open_set = unknown is not None and test.open_set_score is not None
@@ -219,7 +220,7 @@ def evaluate_predictions(
         num_test=len(test),
         num_unknown=0 if unknown is None else len(unknown),
         metrics=compute_metrics(test, unknown, label_names, alpha),
-        intervals=bootstrap_intervals(test, unknown, label_names, alpha),
+        intervals=bootstrap_intervals(test, unknown, label_names, alpha, resamples),
         confusion=_confusion(test, alpha),
         reliability=reliability(test.probabilities, test.labels),
         scores=_roc_scores(test, unknown, label_names),
@@ -273,11 +274,12 @@ def _per_unknown(
 
 def evaluate_model(
     model,
-    test: TensorDataset,
-    unknown: TensorDataset | None,
+    test: LatentDataset,
+    unknown: LatentDataset | None,
     accelerator: Accelerator,
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
+    resamples: int = RESAMPLES,
 ) -> Evaluation:
     """
     Everything that is to be known of a checkpoint.
@@ -287,11 +289,12 @@ def evaluate_model(
         test, unknown: Latents, and labels 0..K-1 of known classes.
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
         noise_seeds (`int`): How many draws of the evaluation noise the main metrics are given for.
+        resamples (`int`): Of the bootstrap.
     """
     config = model.config
     known = predict(model, test, accelerator)
     other = predict(model, unknown, accelerator) if unknown is not None else None
-    split = evaluate_predictions(known, other, config.label_names, config.alpha, unknown_names)
+    split = evaluate_predictions(known, other, config.label_names, config.alpha, unknown_names, resamples)
     if other is not None:
         split.open_set_scores = compare_open_set_scores(model, known, other)
     split.noise = _over_noise_seeds(model, test, unknown, accelerator, split.metrics, noise_seeds)
@@ -305,14 +308,12 @@ def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: b
     Args:
         normalise_format (`bool`): Whether every image is encoded as JPEG of quality 90 first.
     """
-    model, splits, accelerator = subject.model, subject.splits, subject.accelerator
-    view = {"operator": "jpeg", "strength": 90.0} if normalise_format else {}
-    data = {
-        split: encode_split(rows, model.config.label_names, model, subject.processor, accelerator, **view)
-        for split, rows in splits.items()
-    }
+    splits, cache = subject.splits, subject.cache()
+    view = View(operator="jpeg", strength=90.0) if normalise_format else View()
+    data = {split: cache.encode(rows, view) for split, rows in splits.items()}
     names = splits["unknown"]["label"] if "unknown" in splits else None
-    evaluation = evaluate_model(model, data["test"], data.get("unknown"), accelerator, names, noise_seeds)
+    latents = (data["test"], data.get("unknown"))
+    evaluation = evaluate_model(subject.model, *latents, subject.accelerator, names, noise_seeds)
     evaluation.main.format_bias = format_bias(splits["test"])
     return evaluation
 

@@ -6,8 +6,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..postprocessing_protoleak import CHAINS, OPERATORS
-from ..training.latents import content_key
-from .predictions import Subject, predict_splits
+from ..training.latents import View
+from .predictions import Subject, predict
 from .protocol import compute_metrics
 
 ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected")
@@ -25,19 +25,19 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
         `ROBUSTNESS_METRICS` that there are, and `stability`, the share of all images whose verdict is that of
         the untouched image.
     """
-    model, processor, accelerator = subject.model, subject.processor, subject.accelerator
-    names, alpha, rows = model.config.label_names, model.config.alpha, dict(subject.splits)
+    model, accelerator, rows = subject.model, subject.accelerator, dict(subject.splits)
+    names, alpha = model.config.label_names, model.config.alpha
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
-    keys = {split: content_key(part, model, processor) for split, part in rows.items()}
+    views = [View(operator=operator, strength=strength, seed=seed) for operator, strength in cases(quick)]
+    encoded = {split: subject.cache().encode_views(part, views) for split, part in rows.items()}
     table, untouched = [], None
-    for operator, strength in tqdm(cases(quick), "robustness", disable=not accelerator.is_main_process):
-        view = {"operator": operator, "strength": strength, "seed": seed}
-        parts = predict_splits(model, processor, rows, accelerator, keys, **view)
+    for view in tqdm(views, "robustness", disable=not accelerator.is_main_process):
+        parts = {split: predict(model, of_views[view], accelerator) for split, of_views in encoded.items()}
         metrics = compute_metrics(parts["test"], parts.get("unknown"), names, alpha)
         verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
         untouched = verdicts if untouched is None else untouched
-        row = {"operator": operator or "none", "strength": strength}
+        row = {"operator": view.operator or "none", "strength": view.strength}
         row |= {name: metrics[name] for name in ROBUSTNESS_METRICS if name in metrics}
         table.append(row | {"stability": float((verdicts == untouched).mean())})
     return table

@@ -33,15 +33,6 @@ def load_benchmark(name: str):
 zoo = load_benchmark("scores")
 
 
-@pytest.fixture
-def blobs():
-    """300 samples of 3 classes at D = 128, and 50 queries."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(300) % 3
-    centres = rng.normal(size=(3, 128))
-    return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
-
-
 # --- class scorers ------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """`protoleak evaluate` and `protoleak robustness`, and the metrics that they print."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -20,9 +19,8 @@ from protoleak.evaluation.protocol import (
 from protoleak.evaluation.report import TITLES, format_report
 from protoleak.evaluation.shortcuts import format_bias, tells_classes
 from protoleak.evaluation.splits import load_splits, load_unknown
-from protoleak.train import train
 
-from .test_train import _cache_in_tmp_path, arguments, draw, folder, recipe  # noqa: F401 (fixtures)
+from .conftest import draw
 
 NAMES = ["real", "a"]
 
@@ -85,12 +83,11 @@ def test_calibration_error_by_counting():
     assert expected_calibration_error(honest, drawn) < 0.02
 
 
-def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe))
+def test_evaluate_and_robustness(trained, tmp_path, capsys):
     more = tmp_path / "more"
     more.mkdir()
     draw("c", np.random.default_rng(3)).save(more / "0.png")
-    options = ["--model", str(tmp_path / "run"), "--dataset", str(folder)]
+    options = ["--model", str(trained.checkpoint), "--dataset", str(trained.folder)]
     assert main(["evaluate", *options, "--unknown", str(more), "--output_dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "warning" not in printed.err
@@ -110,8 +107,8 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     }
     assert set(split.open_set_scores) == expected
     assert split.open_set_scores["kde of embeddings"]["auroc"] == evaluation.metrics["auroc"]
-    trained = Evaluation.from_dict(json.loads((tmp_path / "run/metrics.json").read_text())).metrics
-    assert evaluation.metrics["macro_auc"] == pytest.approx(trained["macro_auc"], abs=1e-6)
+    of_training = Evaluation.from_dict(trained.summary).metrics
+    assert evaluation.metrics["macro_auc"] == pytest.approx(of_training["macro_auc"], abs=1e-6)
     assert np.sum(split.confusion) == 24
     assert split.noise["macro_auc"][0] == evaluation.metrics["macro_auc"]
     assert any(len(set(v)) > 1 for v in split.noise.values()), split.noise
@@ -131,9 +128,8 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert "| gaussian_blur | 1 |" in capsys.readouterr().out
 
 
-def test_what_cannot_be_evaluated_is_named(tmp_path, folder, recipe, capsys):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
-    options = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder)]
+def test_what_cannot_be_evaluated_is_named(trained, folder, capsys):
+    options = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(folder)]
     assert main([*options, "--unknown", str(folder / "test")]) == 2
     assert "does not know" in capsys.readouterr().err
     for split in ("train", "validation", "test"):
@@ -160,21 +156,21 @@ def test_formats_that_give_the_class_away_are_noticed(tmp_path):
     assert differ["values"]["format"] == 2
 
 
-def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):  # noqa: F811
+def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):
     assert set(load_unknown(str(folder / "unknown/c"))["label"]) == {"unknown"}
     assert set(load_unknown(str(folder / "unknown"))["label"]) == {"c"}
     assert len(load_unknown(str(folder / "unknown"))) == 8
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
-    command = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder), "--noise_seeds", "1"]
+def test_two_processes_evaluate_as_one_does(trained, tmp_path):
+    command = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(trained.folder)]
+    command += ["--noise_seeds", "1"]
     assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run = subprocess.run(
         [*launch, "-m", "protoleak.cli", *command, "--output_dir", str(tmp_path / "two")],
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     one, two = (

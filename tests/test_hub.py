@@ -12,10 +12,9 @@ from protoleak.cli import main
 
 from .conftest import tiny_vae
 from .hub_matrix import LOADERS, differences, make_kinds
-from .test_train import _cache_in_tmp_path, folder  # noqa: F401 (fixtures)
 
 
-def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):  # noqa: F811
+def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):
     enroll = [str(path) for path in sorted((folder / "unknown/c").iterdir())[:4]]
     kinds = make_kinds(checkpoint, tmp_path / "kinds", str(folder), enroll)
     table = differences(kinds, enroll[0], tmp_path / "kinds" / "hf")
@@ -118,7 +117,7 @@ def test_wrong_loading_is_explained(checkpoint, name, call, message):
     assert message in run.stderr
 
 
-def test_enrolling_is_careful(checkpoint, folder, tmp_path, capsys):  # noqa: F811
+def test_enrolling_is_careful(checkpoint, folder, tmp_path, capsys):
     images = str(folder / "unknown/c")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious.txt").write_text("")

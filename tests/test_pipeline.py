@@ -12,7 +12,7 @@ from protoleak.cli import main
 from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
 from transformers import pipeline
 
-from .conftest import LABELS
+from .conftest import LABELS, fit_random_detector, tiny_model
 
 RUN_FIELDS = (
     "provenance",
@@ -76,6 +76,18 @@ def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):
         assert attribution["score"] == pytest.approx(probabilities[attribution["label"]])
     assert sum(a["score"] for a in record["attributions"]) == pytest.approx(1)
     json.dumps(record)
+
+
+def test_a_score_that_is_no_log_density_is_not_called_one(processor, photo):
+    model = tiny_model(open_set_scores={"embeddings": "kde", "statistics": "l2_mahalanobis"})
+    fit_random_detector(model)
+    record = ImageAttributionPipeline(model=model, image_processor=processor)(photo)
+    assert tuple(record) == RECORD_FIELDS
+    model.detector = None
+    model.config.open_set_scores = {"embeddings": "kde"}
+    record = ImageAttributionPipeline(model=model, image_processor=processor)(photo)
+    assert tuple(record) == RECORD_FIELDS
+    assert record["open_set_score"] is record["p_value"] is record["prediction_set"] is None
 
 
 def test_an_image_has_one_record_in_any_batch(fitted_model, processor):

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md rendered from model_card.md with the figures of its own run."""
+"""The model card of a checkpoint: README.md rendered from model_card.md with the metrics of its own run."""
 
 import importlib.metadata
 from pathlib import Path

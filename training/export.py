@@ -58,7 +58,7 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
     with torch.no_grad():
         model(**{name: inputs})  # draws the noise of evaluation for this size, which the graph then holds
         program = torch.onnx.export(
-            Graph(model, name),
+            Graph(model, name).eval(),
             (inputs,),
             input_names=[name],
             output_names=["logits", "embeddings", "statistics"],

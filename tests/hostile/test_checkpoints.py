@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from protoleak import OpenSetDetector, ProtoLeakConfig
+from protoleak.checkpoint_protoleak import load_vae
 from protoleak.cli import main
-from protoleak.modeling_protoleak import load_vae
 from safetensors.torch import load_file, save_file
 
 # What pickles have been made to run, by the lists of picklescan, fickling and their advisories: module, name,
