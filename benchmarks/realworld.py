@@ -12,10 +12,8 @@ in the end both models are asked together.
 
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -125,8 +123,7 @@ def measure(
 ) -> tuple[dict, dict[str, Predictions], OpenSetDetector]:
     """Train on `data`: the summary, what the model makes of the test and unknown images, and its detector."""
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0]
-    with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
-        summary = train(arguments)
+    summary = train(arguments, vae=encoder)
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir, vae=encoder)
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
     rows = {split: part for split, part in load_splits(data).items() if split in ("test", "unknown")}

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.protocol import figures, predict_splits
 from protoleak.evaluation.splits import load_splits
-from protoleak.train import TrainingArguments, train
+from protoleak.train import train
+from protoleak.training.arguments import TrainingArguments
 from transformers import HfArgumentParser
 
 PAPER = 0.9813  # Macro AUC, closed set (arXiv 2511.04260)
