@@ -31,7 +31,9 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.evaluation.protocol import evaluate_model, format_summary, predict
+from protoleak.evaluation.predictions import predict
+from protoleak.evaluation.protocol import Evaluation, evaluate_model
+from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments
@@ -195,13 +197,13 @@ def summarise(
     model: ProtoLeakForImageAttribution, data: EncodedSplits, splits: datasets.DatasetDict,
     history: list[dict[str, float]], arguments: TrainingArguments, accelerator: Accelerator,
 ) -> dict[str, Any]:  # fmt: skip
-    """All figures of the finished model on test and unknown images, and the history of the run."""
+    """All metrics of the finished model on test and unknown images, and the history of the run."""
     names = splits["unknown"]["label"] if "unknown" in splits else None
     options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples}
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": len(history) - 1,
-        **evaluate_model(model, data.test, data.unknown, accelerator, **options),
+        **evaluate_model(model, data.test, data.unknown, accelerator, **options).to_dict(),
         "history": history,
     }
 
@@ -210,7 +212,7 @@ def save(
     model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
     summary: dict[str, Any], arguments: TrainingArguments,
 ) -> None:  # fmt: skip
-    """Write a checkpoint that every loader takes, with its figures in metrics.json and in its card."""
+    """Write a checkpoint that every loader takes, with its metrics in metrics.json and in its card."""
     folder = Path(arguments.output_dir)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
@@ -219,7 +221,7 @@ def save(
         if importlib.util.find_spec("matplotlib"):
             from protoleak.forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(summary, model.detector), partial / "figures")
+            save_figures(draw_evaluation(Evaluation.from_dict(summary), model.detector), partial / "figures")
     origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
     write_card(folder, model, origin, arguments.command, summary)
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
@@ -240,7 +242,7 @@ def main() -> None:
     datasets.disable_progress_bars() if not sys.stderr.isatty() else None
     summary = train(arguments)
     if Accelerator().is_main_process:
-        print(format_summary(summary))
+        print(format_summary(Evaluation.from_dict(summary).main))
         print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; {arguments.output_dir}")
 
 

@@ -22,6 +22,7 @@ import torch
 from datasets import DatasetDict
 from protoleak import ProtoLeakConfig, ProtoLeakImageProcessor
 from protoleak.checkpoint_protoleak import load_vae
+from protoleak.evaluation.protocol import Evaluation
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import train
@@ -101,7 +102,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, dict[str, float]]:
-    """Figures of a variant; of the bundled recipe also that of the paper's open-set score."""
+    """Metrics of a variant; of the bundled recipe also that of the paper's open-set score."""
     fields, changes, replaced = variant
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         recipe = Path(folder) / "recipe"
@@ -111,12 +112,12 @@ def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, 
         for owner, method, other in replaced:
             patches.enter_context(patch.object(owner, method, other))
         changes = {"config_name": str(recipe), "output_dir": f"{folder}/run"} | changes
-        summary = train(replace(arguments, **changes), vae=load_vae(HERE, bundled))
-        figures = {name: summary["figures"]}
+        evaluation = Evaluation.from_dict(train(replace(arguments, **changes), vae=load_vae(HERE, bundled)))
+        rows = {name: evaluation.metrics}
         if name == RECIPE:
-            paper = summary["open_set_scores"]["kde of embeddings"]
-            figures["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
-    return figures
+            paper = evaluation.main.open_set_scores["kde of embeddings"]
+            rows["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
+    return rows
 
 
 def main() -> None:
@@ -136,8 +137,8 @@ def main() -> None:
 
 
 def cell(runs: list[dict[str, float]]) -> Iterator[str]:
-    for figure in ("macro_auc", "accuracy", "auroc"):
-        values = [figures[figure] for figures in runs if figure in figures]
+    for name in ("macro_auc", "accuracy", "auroc"):
+        values = [metrics[name] for metrics in runs if name in metrics]
         span = f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "as above"
         yield span
 

@@ -196,7 +196,17 @@ def test_a_c2pa_manifest_is_told_and_a_broken_one_does_no_harm(photo, tmp_path):
 
 def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_path):
     (checkpoint / "metrics.json").write_text(
-        json.dumps({"dataset": "zoo", "figures": {"macro_auc": 0.5}, "intervals": {"macro_auc": [0.4, 0.6]}})
+        json.dumps(
+            {
+                "dataset": "zoo",
+                "splits": {
+                    "test": {
+                        "metrics": {"macro_auc": 0.5},
+                        "intervals": {"macro_auc": [0.4, 0.6]},
+                    }
+                },
+            }
+        )
     )
     output = tmp_path / "report.json"
     command = ["report", str(image), "--model", str(checkpoint), "--output", str(output), "--format", "json"]
@@ -263,16 +273,26 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
 # --- figures ------------------------------------------------------------------------------------------------
 
 
+def test_a_confusion_matrix_has_a_row_a_class_and_nothing_below():
+    """Its counts stand in their cells, and the picture ends where the last class does."""
+    axes = draw_confusion(["real", "a"], [[3, 0, 1], [2, 4, 0]]).axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "3", (1, 0): "0", (2, 0): "1", (0, 1): "2", (1, 1): "4", (2, 1): "0"}
+    assert sorted(axes.get_ylim()) == [-0.5, 1.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["real", "a"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["real", "a", "unknown"]
+
+
 def test_figures_are_drawn(fitted_model, tmp_path):
-    report = {"labels": ["real", "a", "b"], "confusion": [[3, 0, 0, 1], [0, 4, 0, 0], [1, 0, 2, 0]]}
+    confusion = [[3, 0, 0, 1], [0, 4, 0, 0], [1, 0, 2, 0]]
     rng = np.random.default_rng(0)
-    made = {
+    figures = {
         "embeddings": EmbeddingMap(fitted_model.detector).draw(np.zeros(16)),
-        "confusion": draw_confusion(report),
+        "confusion": draw_confusion(["real", "a", "b"], confusion),
         "reliability": draw_reliability([{"confidence": 0.9, "accuracy": 0.8, "share": 1.0}]),
         "roc": draw_roc({"known against unknown": (rng.normal(1, 1, 50), rng.normal(0, 1, 50))}),
     }
-    for path in save_figures(made, tmp_path / "figures"):
+    for path in save_figures(figures, tmp_path / "figures"):
         with Image.open(path) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(10**6)) > 20  # something is on it

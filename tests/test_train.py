@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.evaluation.protocol import predict, summarize
+from protoleak.evaluation.predictions import predict
+from protoleak.evaluation.protocol import evaluate_predictions
 from protoleak.evaluation.splits import load_splits
 from protoleak.train import train
 from protoleak.training.initialisation import begin_as_discriminant, make_model
@@ -34,25 +35,26 @@ def load(checkpoint: Path) -> tuple[ProtoLeakForImageAttribution, LatentCache]:
 
 
 def test_training_learns_and_writes_a_checkpoint(trained):
-    figures = trained.summary["figures"]
-    assert figures["macro_auc"] > 0.9
-    assert set(figures) >= {"accuracy", "real_auroc", "auroc", "fpr95", "eer", "oscr", "per_class_auc"}
-    assert list(figures["per_class_auc"]) == ["real", "a", "b"]
-    for name, (low, high) in trained.summary["intervals"].items():
-        assert low <= figures[name] <= high, name
-    assert json.loads((trained.checkpoint / "metrics.json").read_text())["figures"] == figures
+    split = trained.summary["splits"]["test"]
+    metrics = split["metrics"]
+    assert metrics["macro_auc"] > 0.9
+    assert set(metrics) >= {"accuracy", "real_auroc", "auroc", "fpr95", "eer", "oscr", "per_class_auc"}
+    assert list(metrics["per_class_auc"]) == ["real", "a", "b"]
+    for name, (low, high) in split["intervals"].items():
+        assert low <= metrics[name] <= high, name
+    assert json.loads((trained.checkpoint / "metrics.json").read_text())["splits"]["test"] == split
     card = ModelCard.load(trained.checkpoint / "README.md")
     results = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert results == {name: value for name, value in figures.items() if name != "per_class_auc"}
+    assert results == {name: value for name, value in metrics.items() if name != "per_class_auc"}
     assert card.data.license == "mit"
     for value in results.values():
         assert f"{value:.4f}" in card.text
     model, cache = load(trained.checkpoint)
     assert model.detector.labels == ["real", "a", "b"]
-    # the figures are those of the checkpoint that was written
+    # the metrics are those of the checkpoint that was written
     predictions = predict(model, cache.encode(load_splits(str(trained.folder))["test"]), Accelerator())
     assert (predictions.probabilities.argmax(1) == predictions.labels).mean() == pytest.approx(
-        figures["accuracy"]
+        metrics["accuracy"]
     )
 
 
@@ -251,7 +253,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(trained, tmp_path, fol
 
 
 def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
-    """Sharded latents, one summary, and figures that one process gives again."""
+    """Sharded latents, one summary, and metrics that one process gives again."""
     wanted = arguments(tmp_path, folder, recipe, num_train_epochs=3)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -259,13 +261,13 @@ def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
     run = subprocess.run([*launch, *as_words(wanted)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("Macro AUC") == 1
-    figures = json.loads((tmp_path / "run/metrics.json").read_text())["figures"]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())["splits"]["test"]["metrics"]
     model, cache = load(tmp_path / "run")
     splits = load_splits(str(folder))
     made = [predict(model, cache.encode(splits[s]), cache.accelerator) for s in ("test", "unknown")]
-    again = summarize(*made, model.config.label_names, resamples=2)["figures"]
-    assert again["macro_auc"] == pytest.approx(figures["macro_auc"], abs=1e-6)
-    assert again["auroc"] == pytest.approx(figures["auroc"], abs=1e-6)
+    again = evaluate_predictions(*made, model.config.label_names, resamples=2).metrics
+    assert again["macro_auc"] == pytest.approx(metrics["macro_auc"], abs=1e-6)
+    assert again["auroc"] == pytest.approx(metrics["auroc"], abs=1e-6)
 
 
 # --- from a checkpoint on -----------------------------------------------------------------------------------
@@ -290,8 +292,9 @@ def test_classes_are_added_and_the_old_ones_kept(trained, tmp_path, folder, reci
     both = [str(folder), str(tmp_path / "more")]
     source = {"model_name_or_path": str(trained.checkpoint), "num_train_epochs": 1}
     summary = train(arguments(tmp_path, folder, recipe, dataset_name=both, **source))
-    assert list(summary["figures"]["per_class_auc"]) == ["real", "a", "b", "c"]
-    assert "auroc" not in summary["figures"], "c is known now, and nothing else was unknown"
+    metrics = summary["splits"]["test"]["metrics"]
+    assert list(metrics["per_class_auc"]) == ["real", "a", "b", "c"]
+    assert "auroc" not in metrics, "c is known now, and nothing else was unknown"
     assert f"--dataset_name {both[0]} {both[1]}" in (tmp_path / "run/README.md").read_text()
 
 

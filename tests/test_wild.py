@@ -39,7 +39,7 @@ def test_the_papers_protocol_on_a_miniature(wild, recipe, tmp_path, capsys):
     assert [row["count"] for row in rows] == [24, 6, 6, 6, 6]  # 3 of 10 prompts, 2 classes, 4 treatments
     assert rows[0]["macro_auc"] > 0.9
     assert all(0 <= row["auroc"] <= 1 for row in rows)
-    trained = json.loads((tmp_path / "run/metrics.json").read_text())["figures"]
+    trained = json.loads((tmp_path / "run/metrics.json").read_text())["splits"]["test"]["metrics"]
     assert rows[0]["macro_auc"] == pytest.approx(trained["macro_auc"], abs=1e-6)
     assert "| all | 24 |" in capsys.readouterr().out
 

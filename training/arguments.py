@@ -50,7 +50,7 @@ class TrainingArguments:
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     bootstrap_resamples: int = field(
-        default=300, metadata={"help": "Resamples of the test images that the figures' intervals come from."}
+        default=300, metadata={"help": "Resamples of the test images that the metrics' intervals come from."}
     )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     report_to: str | None = field(

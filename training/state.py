@@ -35,7 +35,7 @@ class Progress:
         return min(self.history, key=lambda row: row["validation_loss"])
 
     def add(self, row: dict[str, float], model: ProtoLeakForImageAttribution) -> None:
-        """Append an epoch's figures; the model's weights are copied if they are the best."""
+        """Append an epoch's losses; the model's weights are copied if they are the best."""
         if not self.history or row["validation_loss"] < self.best["validation_loss"]:
             self.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
         self.history.append(row)
