@@ -18,7 +18,8 @@ from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakIm
 from protoleak.evaluation.predictions import predict_splits
 from protoleak.evaluation.protocol import compute_metrics
 from protoleak.evaluation.splits import load_splits
-from protoleak.train import TrainingArguments, train
+from protoleak.train import train
+from protoleak.training.arguments import TrainingArguments
 from transformers import HfArgumentParser
 
 PAPER = 0.9813  # Macro AUC, closed set (arXiv 2511.04260)

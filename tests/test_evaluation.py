@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 from protoleak.cli import main
-from protoleak.scores_protoleak import OPEN_SET_SCORES
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import (
     Evaluation,
@@ -19,6 +18,7 @@ from protoleak.evaluation.protocol import (
 from protoleak.evaluation.report import TITLES, format_report
 from protoleak.evaluation.shortcuts import format_bias, tells_classes
 from protoleak.evaluation.splits import load_splits, load_unknown
+from protoleak.scores_protoleak import OPEN_SET_SCORES
 
 from .conftest import draw
 
