@@ -34,12 +34,7 @@ SNIPPETS = {
     "bash": {
         "README.md": ["protoleak attribute examples/", TEST_COMMAND],
         "usage.md": ["--table records.csv", "protoleak explain", "protoleak export"],
-        "training.md": [
-            "train.py --dataset_name",
-            "--model_name_or_path",
-            "protoleak enroll",
-            "protoleak evaluate",
-        ],
+        "training.md": ["train.py --dataset", "train.py --model", "protoleak enroll", "protoleak evaluate"],
     },
 }
 
@@ -154,7 +149,7 @@ def test_training_and_enrolling_commands(copy, run):
                 example = sorted((copy / "examples").iterdir())[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
     examples = " ".join(f"examples/{path.name}" for path in sorted((copy / "examples").iterdir())[:3])
-    markers = ("train.py --dataset_name", "--model_name_or_path", "protoleak enroll")
+    markers = ("train.py --dataset", "train.py --model", "protoleak enroll")
     for command in "".join(snippet("training.md", marker) for marker in markers).strip().splitlines():
         command = re.sub(r"IMAGES(\.\.\.)?", examples, command).replace("python ", f"{sys.executable} ")
         short = " --num_train_epochs 1 --orientations 1 --augmented_views 0"
