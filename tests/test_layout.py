@@ -16,7 +16,7 @@ MODULES = sorted(
     for path in ROOT.rglob("*.py")
     if not any(part in IGNORED or part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
-ROW = re.compile(r"^\| `([\w/]+)` \| .+ \| (.*) \|$", flags=re.MULTILINE)
+ROW = re.compile(r"^\| `([\w/]+)` \| .+ \|(.*)\|$", flags=re.MULTILINE)
 
 
 def name_of(path: Path) -> str:
