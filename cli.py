@@ -15,56 +15,55 @@ def attribute(arguments: argparse.Namespace) -> int:
     """
     from .forensics.scan import Attributor, read_records, scan, write_table
 
-    if arguments.resume and not arguments.output:
-        raise ValueError("--resume goes on in the file that --output names; name it")
-    if bool(arguments.paths) == bool(arguments.dataset):
-        raise ValueError("name either images and folders, or a --dataset")
-    paths = arguments.paths
-    if arguments.dataset:
-        from datasets import load_dataset
+    images, output = _images_to_attribute(arguments), arguments.output
+    records: list[dict[str, Any]] = []
 
-        name, split = arguments.dataset, arguments.split
-        paths = load_dataset(name, split=split, streaming=arguments.streaming)
-    records = []
-
-    def on_record(record: dict[str, Any]) -> None:
-        if not arguments.output:
+    def show(record: dict[str, Any]) -> None:
+        if not output:
             print(format_row(record), flush=True)
             records.append(record)
 
     attributor = Attributor(arguments.model, arguments.revision)
+    options = (arguments.resume, arguments.batch_size, arguments.workers)
     try:
-        counts = scan(
-            attributor,
-            paths,
-            arguments.output,
-            arguments.resume,
-            arguments.batch_size,
-            arguments.workers,
-            on_record,
-        )
+        counts = scan(attributor, images, output, *options, on_record=show)
     except KeyboardInterrupt:
-        kept = f"; go on with --output {arguments.output} --resume" if arguments.output else ""
-        print(f"stopped, and what was done is kept{kept}" if kept else "stopped", file=sys.stderr)
+        advice = f", and what was done is there; go on with --output {output} --resume" if output else ""
+        print(f"stopped{advice}", file=sys.stderr)
         return 130
-    if not attributor.is_main_process:
-        return 0
-    if arguments.table:
-        write_table(read_records(Path(arguments.output)) if arguments.output else records, arguments.table)
-    if not counts["found"]:
+    if attributor.is_main_process and arguments.table:
+        write_table(read_records(Path(output)) if output else records, arguments.table)
+    return _tell_counts(arguments, counts) if attributor.is_main_process else 0
+
+
+def _images_to_attribute(arguments: argparse.Namespace):
+    """Paths, or the data set that is named in their place."""
+    if arguments.resume and not arguments.output:
+        raise ValueError("--resume goes on in the file that --output names; name it")
+    if bool(arguments.paths) == bool(arguments.dataset):
+        raise ValueError("name either images and folders, or a --dataset")
+    if not arguments.dataset:
+        return arguments.paths
+    from datasets import load_dataset
+
+    return load_dataset(arguments.dataset, split=arguments.split, streaming=arguments.streaming)
+
+
+def _tell_counts(arguments: argparse.Namespace, counts: dict[str, int]) -> int:
+    """What a scan could not do, on standard error; the exit status."""
+    if not counts["files"]:
         where = arguments.dataset or ", ".join(arguments.paths)
         print(f"no images found in {where}", file=sys.stderr)
     if counts["done"]:
         print(f"{counts['done']} files were done before", file=sys.stderr)
     if counts["failed"]:
-        print(f"{counts['failed']} of {counts['found']} files could not be read", file=sys.stderr)
-    return 1 if counts["failed"] or not counts["found"] else 0
+        print(f"{counts['failed']} of {counts['files']} files could not be read", file=sys.stderr)
+    return 1 if counts["failed"] or not counts["files"] else 0
 
 
 def explain(arguments: argparse.Namespace) -> int:
     """`protoleak explain`: the verdict on each image, and the reasons."""
-    from .forensics.provenance import summarise_provenance
-    from .forensics.report import Examiner, reasons_in_words, verdict_in_words
+    from .forensics.report import Examiner, explanation_lines
     from .image_processing_protoleak import find_images
 
     examiner = Examiner(arguments.model, arguments.revision)
@@ -74,15 +73,8 @@ def explain(arguments: argparse.Namespace) -> int:
         failed += record["error"] is not None
         if arguments.format == "json":
             print(json.dumps(record), flush=True)
-            continue
-        print(format_row(record))
-        print(f"  {verdict_in_words(record)}")
-        if not record["error"]:
-            for line in reasons_in_words(record):
-                print(f"  - {line}")
-            for line in summarise_provenance(record["provenance"]):
-                print(f"  - the file's claim: {line}")
-        print(flush=True)
+        else:
+            print(format_row(record), *explanation_lines(record), "", sep="\n", flush=True)
     return 1 if failed else 0
 
 
@@ -91,11 +83,8 @@ def report(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .forensics.report import Examiner, write_report
-    from .image_processing_protoleak import find_images
 
-    files = find_images(arguments.images)
-    if not files:
-        raise ValueError(f"no images found in {', '.join(arguments.images)}")
+    files = _find(arguments.images)
     examiner = Examiner(arguments.model, arguments.revision)
     bar = tqdm(files, unit="image", disable=not sys.stderr.isatty())
     records = [examiner.examine(file) for file in bar]
@@ -105,95 +94,68 @@ def report(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _find(paths: list[str]) -> list[Path]:
+    from .image_processing_protoleak import find_images
+
+    files = find_images(paths)
+    if not files:
+        raise ValueError(f"no images found in {', '.join(paths)}")
+    return files
+
+
 def enroll(arguments: argparse.Namespace) -> int:
     """`protoleak enroll`: one more generator, from a handful of its images, as a new checkpoint."""
-    import torch
+    from .training.enrolment import write_enrolled
 
-    from .files_protoleak import whole_folder
-    from .image_processing_protoleak import ProtoLeakImageProcessor, find_images
-    from .modeling_protoleak import ProtoLeakForImageAttribution
-    from .training.card import write_card
-
-    target = Path(arguments.output_dir)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
-    model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
-    processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
-    files = find_images(arguments.images)
-    with torch.no_grad():
-        outputs = [model(processor(file)["pixel_values"]) for file in files]
-    if not outputs:
-        raise ValueError(f"no images found in {', '.join(arguments.images)}")
-    parts = ("embeddings", "gates", "statistics")
-    model.enroll(arguments.name, {part: torch.cat([o[part] for o in outputs]) for part in parts})
-    first = len(model.density.train_["labels"]) - len(files)  # of the new among the training images
-    model.keep_thumbnails(lambda i: files[i - first] if i >= first else None)
-    with whole_folder(target) as partial:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-    origin = f"{arguments.name} was enrolled in {arguments.model} from {len(files)} images, without training."
-    command = f"protoleak enroll {arguments.name} IMAGES --model {arguments.model} --output_dir {target}"
-    write_card(target, model, origin, command)
+    files = _find(arguments.images)
+    labels = write_enrolled(arguments.model, arguments.name, files, arguments.output_dir)
     print(
-        f"{arguments.name} enrolled from {len(files)} images; {len(model.density.labels)} classes in {target}"
+        f"{arguments.name} enrolled from {len(files)} images; {len(labels)} classes in {arguments.output_dir}"
     )
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """`protoleak evaluate`: every figure of a checkpoint on a data set's held-out test split."""
-    from .evaluation.protocol import evaluate_model, format_bias, format_report
-    from .training.latents import encode_split
+    """`protoleak evaluate`: every metric of a checkpoint on a data set's held-out test split."""
+    from .evaluation.predictions import Subject
+    from .evaluation.protocol import evaluate_subject
+    from .evaluation.report import SHORTCUT_WARNING, format_report, write_results
+    from .evaluation.shortcuts import tells_classes
 
-    model, processor, splits, accelerator = _load_for_evaluation(arguments)
-    names = model.config.label_names
-    alike = {"operator": "jpeg", "strength": 90.0} if arguments.normalise_format else {}
-    data = {
-        split: encode_split(rows, names, model, processor, accelerator, **alike)
-        for split, rows in splits.items()
-    }
-    report = {"model": arguments.model, "dataset": arguments.dataset, "normalised_format": bool(alike)}
-    report |= evaluate_model(
-        model,
-        data["test"],
-        data.get("unknown"),
-        accelerator,
-        splits["unknown"]["label"] if "unknown" in splits else None,
-        arguments.noise_seeds,
-    )
-    report["format_bias"] = format_bias(splits["test"])
-    if accelerator.is_main_process:
-        text = format_report(report)
-        print(text)
-        bias = report["format_bias"]
-        if bias["p_value"] < 0.01 and not alike:
-            print(
-                "warning: file formats, sizes or metadata alone tell the classes apart, so a model may have "
-                "learned those; evaluate with --normalise_format, and train on files that are encoded alike",
-                file=sys.stderr,
-            )
-        _write(arguments.output_dir, "evaluation", report, text)
-        if arguments.output_dir:
-            from .forensics.figures import draw_evaluation, save_figures
+    subject = Subject.load(arguments.model, arguments.dataset, arguments.unknown)
+    evaluation = evaluate_subject(subject, arguments.noise_seeds, arguments.normalise_format)
+    if not subject.accelerator.is_main_process:
+        return 0
+    text = format_report(evaluation)
+    print(text)
+    if tells_classes(evaluation.main.format_bias) and not arguments.normalise_format:
+        print(f"warning: {SHORTCUT_WARNING}", file=sys.stderr)
+    if arguments.output_dir:
+        from .forensics.figures import draw_evaluation, save_figures
 
-            save_figures(draw_evaluation(report, model.density), Path(arguments.output_dir) / "figures")
+        about = {"model": arguments.model, "dataset": arguments.dataset}
+        about["normalised_format"] = arguments.normalise_format
+        write_results(arguments.output_dir, "evaluation", about | evaluation.to_dict(), text)
+        figures = draw_evaluation(evaluation, subject.model.detector)
+        save_figures(figures, Path(arguments.output_dir) / "figures")
     return 0
 
 
 def robustness(arguments: argparse.Namespace) -> int:
-    """`protoleak robustness`: the figures again after every kind of post-processing."""
-    from .evaluation.protocol import format_robustness
-    from .evaluation.protocol import robustness as measure
+    """`protoleak robustness`: the metrics again after every kind of post-processing."""
+    from .evaluation.predictions import Subject
+    from .evaluation.report import format_robustness, write_results
+    from .evaluation.robustness import measure_robustness
 
-    model, processor, splits, accelerator = _load_for_evaluation(arguments)
-    table = measure(model, processor, splits, accelerator, arguments.quick)
-    if accelerator.is_main_process:
+    subject = Subject.load(arguments.model, arguments.dataset, arguments.unknown)
+    table = measure_robustness(subject, arguments.quick)
+    if subject.accelerator.is_main_process:
         text = format_robustness(table)
         print(text)
-        _write(arguments.output_dir, "robustness", table, text)
         if arguments.output_dir:
             from .forensics.figures import draw_robustness, save_figures
 
+            write_results(arguments.output_dir, "robustness", table, text)
             save_figures({"robustness": draw_robustness(table)}, arguments.output_dir)
     return 0
 
@@ -213,50 +175,6 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load_for_evaluation(arguments: argparse.Namespace):
-    """Model, processor, the test split with the model's classes, and unknown images where there are any."""
-    from accelerate import Accelerator
-    from datasets import DatasetDict, concatenate_datasets
-
-    from .evaluation.splits import load_splits, load_unknown
-    from .image_processing_protoleak import ProtoLeakImageProcessor
-    from .modeling_protoleak import ProtoLeakForImageAttribution
-
-    model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
-    if model.density is None:
-        raise ValueError(f"{arguments.model} has no density, so it has no verdicts to evaluate; run train.py")
-    processor = ProtoLeakImageProcessor.from_pretrained(arguments.model)
-    found = load_splits(arguments.dataset)
-    splits = DatasetDict(test=found["test"])
-    unknown = [found["unknown"]] if "unknown" in found else []
-    if arguments.unknown:
-        unknown.append(load_unknown(arguments.unknown))
-    if unknown:
-        splits["unknown"] = concatenate_datasets(
-            [rows.select_columns(["image", "label"]) for rows in unknown]
-        )
-    known = set(model.config.id2label.values())
-    if missing := known ^ set(splits["test"]["label"]):
-        raise ValueError(
-            f"{arguments.dataset} and {arguments.model} must have the same classes; they differ by "
-            f"{sorted(missing)}"
-        )
-    if unknown and (both := known & set(splits["unknown"]["label"])):
-        raise ValueError(
-            f"unknown images must be by generators that the model does not know; got {sorted(both)}"
-        )
-    accelerator = Accelerator()
-    return model.to(accelerator.device), processor, splits, accelerator
-
-
-def _write(folder: str | None, name: str, values: Any, text: str) -> None:
-    if folder:
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        (target / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-
-
 def format_row(record: dict[str, Any]) -> str:
     """One attribution as a line of a table: an ambiguous verdict reads "a or b"."""
     name = Path(record["file"]).name
@@ -268,74 +186,92 @@ def format_row(record: dict[str, Any]) -> str:
     return f"{name:<30} {p_value:<16} {verdict} ({best})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="protoleak",
-        description="Which generator made this image, or was it one nobody has seen, or a camera?",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("attribute", help="a verdict for each image")
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+def _attribute_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("paths", nargs="*", help="image files, and folders, which are searched recursively")
     command.add_argument("--dataset", help="instead: the images of a data set, Hub id or folder")
     command.add_argument("--split", default="train", help="of --dataset (default: train)")
     command.add_argument("--streaming", action="store_true", help="don't download --dataset as a whole")
-    command.add_argument(
-        "--model", default=str(HERE), help="checkpoint folder or Hub id (default: the bundled one)"
-    )
     command.add_argument("--revision", help="branch, tag or commit of a Hub id")
     command.add_argument("--output", help="write JSON lines here, as they come, instead of a table")
     command.add_argument("--resume", action="store_true", help="go on in --output, without what it has")
     command.add_argument("--table", help="also write a table at the end, .csv or .parquet")
     command.add_argument("--batch_size", type=int, default=16, help="images at a time")
     command.add_argument("--workers", type=int, default=2, help="threads that read images")
-    command.set_defaults(run=attribute)
-    for name, run, what in (
-        ("explain", explain, "the reasons of the verdict on each image"),
-        ("report", report, "a report with reasons and all that is needed to repeat it, as one file"),
-    ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("images", nargs="+", help="image files, and folders")
-        command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
-        command.add_argument("--revision", help="branch, tag or commit of a Hub id")
-        formats = ("text", "json") if name == "explain" else ("html", "json")
-        command.add_argument("--format", choices=formats, default=formats[0])
-        if name == "report":
-            command.add_argument("--output", required=True, help="file to write")
-        command.set_defaults(run=run)
-    command = commands.add_parser("enroll", help="add a generator from a few images, without training")
-    command.add_argument("name", help="what to call it")
-    command.add_argument(
-        "images", nargs="+", help="its images: files, and folders, which are searched recursively"
-    )
-    command.add_argument("--model", default=str(HERE), help="checkpoint to extend (default: the bundled one)")
-    command.add_argument("--output_dir", required=True, help="new folder for the extended checkpoint")
-    command.set_defaults(run=enroll)
-    for name, run, what in (
-        ("evaluate", evaluate, "every figure on a data set's held-out test split"),
-        ("robustness", robustness, "the figures after every kind of post-processing"),
-    ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
-        command.add_argument("--dataset", default=str(HERE / "leakzoo"), help="as train.py takes it")
-        command.add_argument("--unknown", help="images by generators that the model does not know")
-        command.add_argument("--output_dir", help=f"write {name}.json and {name}.md there")
-        command.set_defaults(run=run)
-        if name == "evaluate":
-            command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
-            command.add_argument(
-                "--normalise_format",
-                action="store_true",
-                help="encode every image as JPEG of quality 90 first",
-            )
-        else:
-            command.add_argument("--quick", action="store_true", help="fewer images and strengths")
-    command = commands.add_parser("export", help="the network as an ONNX file")
-    command.add_argument("--model", default=str(HERE), help="checkpoint (default: the bundled one)")
-    command.add_argument(
-        "--part", choices=("whole", "network"), default="whole", help="with the VAE, or after"
-    )
+
+
+def _explain_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", nargs="+", help="image files, and folders")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _report_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", nargs="+", help="image files, and folders")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    command.add_argument("--format", choices=("html", "json"), default="html")
     command.add_argument("--output", required=True, help="file to write")
-    command.set_defaults(run=export)
+
+
+def _enroll_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", help="what to call it")
+    command.add_argument("images", nargs="+", help="its images: files, and folders, searched recursively")
+    command.add_argument("--output_dir", required=True, help="new folder for the extended checkpoint")
+
+
+def _measuring_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dataset", default=str(HERE / "leakzoo"), help="as train.py takes it")
+    command.add_argument("--unknown", help="images by generators that the model does not know")
+    command.add_argument("--output_dir", help="write the results there, as JSON, Markdown and figures")
+
+
+def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    _measuring_arguments(command)
+    command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
+    what = "encode every image as JPEG of quality 90 first"
+    command.add_argument("--normalise_format", action="store_true", help=what)
+
+
+def _robustness_arguments(command: argparse.ArgumentParser) -> None:
+    _measuring_arguments(command)
+    command.add_argument("--quick", action="store_true", help="fewer images and strengths")
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    parts = ("whole", "network")
+    command.add_argument("--part", choices=parts, default="whole", help="with the VAE, or after")
+    command.add_argument("--output", required=True, help="file to write")
+
+
+COMMANDS = {  # name: (function, its arguments, what it is for)
+    "attribute": (attribute, _attribute_arguments, "a verdict for each image"),
+    "explain": (explain, _explain_arguments, "the reasons of the verdict on each image"),
+    "report": (
+        report,
+        _report_arguments,
+        "a report with reasons and what is needed to repeat it, as one file",
+    ),
+    "enroll": (enroll, _enroll_arguments, "add a generator from a few images, without training"),
+    "evaluate": (evaluate, _evaluate_arguments, "every metric on a data set's held-out test split"),
+    "robustness": (robustness, _robustness_arguments, "the metrics after every kind of post-processing"),
+    "export": (export, _export_arguments, "the network as an ONNX file"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="protoleak",
+        description="Which generator made this image, or was it one nobody has seen, or a camera?",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (run, add_arguments, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what)
+        add_arguments(command)
+        which = "checkpoint, folder or Hub id (default: the bundled one)"
+        command.add_argument("--model", default=str(HERE), help=which)
+        command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

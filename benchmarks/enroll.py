@@ -1,13 +1,14 @@
 """
-Unknown generators of LeakZoo before and after enrolling 10 of their images; figures on the other 70.
+Unknown generators of LeakZoo before and after enrolling 10 of their images; metrics of the other 70.
 
-    python benchmarks/enroll.py [GENERATOR]
+    python benchmarks/enroll.py [GENERATOR ...]
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.splits import load_splits
 
@@ -15,34 +16,43 @@ HERE = Path(__file__).parent.parent
 ENROLLED = 10
 
 
-@torch.no_grad()
-def main() -> None:
-    splits = load_splits(str(HERE / "leakzoo"))
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
-    processor = ProtoLeakImageProcessor.from_pretrained(HERE)
-    names = sorted(set(splits["unknown"]["label"])) if len(sys.argv) < 2 else sys.argv[1:]
+def share(condition: torch.Tensor) -> float:
+    return condition.double().mean().item()
 
-    def outputs(rows):
+
+@torch.no_grad()
+def measure(name: str, splits: dict[str, Dataset], processor: ProtoLeakImageProcessor) -> dict[str, float]:
+    """Shares of a generator's other images, and the accuracy on known classes, before and after."""
+    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
+
+    def outputs(rows: Dataset):
         return model(processor([image["bytes"] for image in rows["image"]])["pixel_values"])
 
-    for name in names:
-        rows = splits["unknown"].filter(lambda row, name=name: row["label"] == name)
-        few, rest = rows.select(range(ENROLLED)), rows.select(range(ENROLLED, len(rows)))
-        test = splits["test"]
-        before = outputs(rest).p_values
-        known_before = outputs(test)
-        model.enroll(name, outputs(few))
-        after, known_after = outputs(rest), outputs(test)
-        column, alpha = model.config.label2id[name], model.config.alpha
-        labels = torch.tensor([model.config.label2id[label] for label in test["label"]])
-        recognised = ((after.logits.argmax(1) == column) & (after.p_values > alpha)).double().mean()
-        accuracies = [(o.logits.argmax(1) == labels).double().mean() for o in (known_before, known_after)]
-        print(
-            f"{name}: rejected before {(before <= alpha).double().mean():.2f}; after {ENROLLED} images "
-            f"rejected {(after.p_values <= alpha).double().mean():.2f}, recognised {recognised:.2f}; "
-            f"accuracy on the known classes {accuracies[0]:.3f}, then {accuracies[1]:.3f}"
-        )
-        model = ProtoLeakForImageAttribution.from_pretrained(HERE)
+    rows = splits["unknown"].filter(lambda row: row["label"] == name)
+    few, rest, test = rows.select(range(ENROLLED)), rows.select(range(ENROLLED, len(rows))), splits["test"]
+    before, known_before = outputs(rest), outputs(test)
+    model.enroll(name, outputs(few))
+    after, known_after = outputs(rest), outputs(test)
+    index, alpha = model.config.label2id, model.config.alpha
+    labels = torch.tensor([index[label] for label in test["label"]])
+    return {
+        "rejected before": share(before.p_values <= alpha),
+        "rejected after": share(after.p_values <= alpha),
+        "recognised after": share((after.logits.argmax(1) == index[name]) & (after.p_values > alpha)),
+        "accuracy on the known classes, before": share(known_before.logits.argmax(1) == labels),
+        "after": share(known_after.logits.argmax(1) == labels),
+    }
+
+
+def main() -> None:
+    splits = load_splits(str(HERE / "leakzoo"))
+    processor = ProtoLeakImageProcessor.from_pretrained(HERE)
+    for number, name in enumerate(sys.argv[1:] or sorted(set(splits["unknown"]["label"]))):
+        row = measure(name, splits, processor)
+        if number == 0:
+            print(f"| generator | {' | '.join(row)} |")
+            print("| --- " * (len(row) + 1) + "|", flush=True)
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in row.values())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.density_protoleak import OPEN_SET_SCORES
-from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_figures, open_set_figures
-from protoleak.evaluation.splits import load_splits
-from protoleak.modeling_protoleak import LatentWhitening, grid_statistics, normalize_contrast
+from protoleak import ProtoLeakForImageAttribution
+from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
+from protoleak.scores_protoleak import OPEN_SET_SCORES
+from protoleak.statistics_protoleak import LatentWhitening, grid_statistics, normalise_contrast
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+from baselines import load_pixels
 
 HERE = Path(__file__).parent.parent
 
@@ -27,13 +29,11 @@ HERE = Path(__file__).parent.parent
 @torch.no_grad()
 def statistics_of(pixels: torch.Tensor, encode: Callable, change: Callable) -> np.ndarray:
     """(N, V, 3, S, S) -> (N, V, number of statistics)"""
-    made = []
-    for batch in pixels.split(8):
-        made.append(grid_statistics(change(encode(batch.flatten(0, 1)))))
-    return torch.cat(made).unflatten(0, pixels.shape[:2]).numpy()
+    parts = [grid_statistics(change(encode(batch.flatten(0, 1)))) for batch in pixels.split(8)]
+    return torch.cat(parts).unflatten(0, pixels.shape[:2]).numpy()
 
 
-def figures(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> tuple[float, float, float]:
+def metrics(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> tuple[float, float, float]:
     """Macro AUC and accuracy of the discriminant, AUROC of the open-set score."""
     views = features["train"].shape[1]
     samples, targets = features["train"].reshape(-1, features["train"].shape[2]), labels["train"]
@@ -43,43 +43,44 @@ def figures(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> t
     ).fit(samples, np.repeat(targets, views))
     scores = discriminant.predict_log_proba(features["test"].reshape(-1, samples.shape[1]))
     probabilities = np.exp(scores.reshape(-1, views, classes).mean(axis=1))
-    closed = closed_set_figures(probabilities / probabilities.sum(axis=1, keepdims=True), labels["test"])
+    closed = closed_set_metrics(probabilities / probabilities.sum(axis=1, keepdims=True), labels["test"])
     score = OPEN_SET_SCORES["l2_mahalanobis"]().fit(features["train"].mean(axis=1), targets)
     known, unknown = (score.score_samples(features[split].mean(axis=1)) for split in ("test", "unknown"))
-    return closed["macro_auc"], closed["accuracy"], open_set_figures(known, unknown)["auroc"]
+    return closed["macro_auc"], closed["accuracy"], open_set_metrics(known, unknown)["auroc"]
 
 
-def main() -> None:
-    splits = load_splits(sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo"))
-    names = sorted(set(splits["train"]["label"]))
-    labels = {
-        s: np.array([names.index(n) if n in names else -1 for n in r["label"]]) for s, r in splits.items()
-    }
-    crop = {"crop_size": 128, "num_crops": 4} if len(sys.argv) > 1 else {"crop_size": 64, "num_crops": 1}
-    processor = ProtoLeakImageProcessor(do_resize=False, **crop)
-    pixels = {}
-    for split in ("train", "test", "unknown"):
-        images = [image["bytes"] or image["path"] for image in splits[split]["image"]]
-        pixels[split] = processor(images)["pixel_values"].view(len(images), -1, 3, *2 * [crop["crop_size"]])
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
-    spaces = {
+def spaces(model: ProtoLeakForImageAttribution) -> dict[str, Callable]:
+    """What is looked at: a title, and how pixels (N, 3, S, S) get there."""
+    return {
         "blocks of 2x2 pixels": lambda x: F.pixel_unshuffle(x, 2),
         "blocks of 4x4 pixels": lambda x: F.pixel_unshuffle(x, 4),
         "the bundled VAE's latents": model.protoleak.encode,
     }
+
+
+@torch.no_grad()
+def changes(pixels: torch.Tensor, encode: Callable) -> dict[str, Callable]:
+    """What is done to latents before their statistics are taken; whitening is fitted on training images."""
+    latents = torch.cat([encode(batch.flatten(0, 1)) for batch in pixels.split(8)])
+    whitening = LatentWhitening(latents.shape[1])
+    whitening.fit(latents.split(64))
+    return {
+        "as they are": lambda z: z,
+        "whitened": whitening,
+        "whitened, contrast normalised": lambda z: normalise_contrast(whitening(z)),
+    }
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo")
+    crop = {"crop_size": 128, "num_crops": 4} if len(sys.argv) > 1 else {"crop_size": 64}
+    pixels, labels, _ = load_pixels(name, ("train", "test", "unknown"), **crop)
+    pixels = {split: part.reshape(len(part), -1, *part.shape[-3:]) for split, part in pixels.items()}
     print("| statistics of | Macro AUC | accuracy | open-set AUROC |\n| --- | --- | --- | --- |")
-    for name, encode in spaces.items():
-        latents = torch.cat([encode(batch.flatten(0, 1)) for batch in pixels["train"].split(8)])
-        whitening = LatentWhitening(latents.shape[1])
-        whitening.fit(latents)
-        changes = {
-            "as they are": lambda z: z,
-            "whitened": whitening,
-            "whitened, contrast normalised": lambda z, whiten=whitening: normalize_contrast(whiten(z)),
-        }
-        for title, change in changes.items():
+    for name, encode in spaces(ProtoLeakForImageAttribution.from_pretrained(HERE)).items():
+        for title, change in changes(pixels["train"], encode).items():
             features = {split: statistics_of(part, encode, change) for split, part in pixels.items()}
-            cells = [f"{value:.3f}" for value in figures(features, labels)]
+            cells = [f"{value:.3f}" for value in metrics(features, labels)]
             print(f"| {name}, {title} | {' | '.join(cells)} |", flush=True)
 
 

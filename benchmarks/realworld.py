@@ -12,10 +12,8 @@ in the end both models are asked together.
 
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -24,15 +22,12 @@ from accelerate import Accelerator
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.density_protoleak import OPEN_SET_SCORES, KnownDensity
-from protoleak.evaluation.protocol import (
-    Predictions,
-    format_report,
-    format_summary,
-    predict_splits,
-    summarize,
-)
+from protoleak.density_protoleak import OpenSetDetector
+from protoleak.evaluation.predictions import Predictions, predict_splits
+from protoleak.evaluation.protocol import Evaluation, SplitEvaluation, evaluate_predictions
+from protoleak.evaluation.report import format_report, format_summary
 from protoleak.evaluation.splits import groups_of, load_splits
+from protoleak.scores_protoleak import OPEN_SET_SCORES
 from protoleak.train import TrainingArguments, train
 from safetensors.torch import load_file
 from sklearn.model_selection import StratifiedGroupKFold
@@ -90,14 +85,14 @@ class Taef2Encoder(ModelMixin, ConfigMixin):
 
 
 def join(path: str, folder: str) -> None:
-    """Train and validation made one, a tenth of which, whole groups, is the validation split that is left."""
+    """Train and validation in one, a tenth of which, whole groups, is the validation split that is left."""
     splits = load_splits(path)
     rows = datasets.concatenate_datasets([splits["train"], splits["validation"]])
     groups = groups_of(rows)
     groups = np.arange(len(rows)) if groups is None else groups
     folds = StratifiedGroupKFold(10, shuffle=True, random_state=0)
-    kept, held_out = next(folds.split(groups, rows["label"], groups))
-    splits |= {"train": rows.select(kept), "validation": rows.select(held_out)}
+    training, held_out = next(folds.split(groups, rows["label"], groups))
+    splits |= {"train": rows.select(training), "validation": rows.select(held_out)}
     for split, part in splits.items():
         part.cast_column("image", datasets.Image()).to_parquet(f"{folder}/{split}.parquet")
 
@@ -112,28 +107,29 @@ def block_dct(pixels: torch.Tensor, size: int = 8) -> np.ndarray:
     return F.conv2d(grey, filters, stride=size).flatten(2).std(dim=2).add(1e-6).log().numpy()
 
 
-def baseline(path: str) -> dict:
+def baseline(path: str) -> SplitEvaluation:
     """Radial spectra and block DCT of pixels, logistic regression; open-set score: KDE of its features."""
-    pixels, labels, names = load_pixels(path, 256)
+    pixels, labels, names = load_pixels(path, crop_size=256)
     features = {s: np.hstack([radial_spectra(p), block_dct(p)]) for s, p in pixels.items()}
-    made = linear_predictions(features, labels, ("train", "validation"))
-    return summarize(made["test"], made.get("unknown"), names)
+    parts = linear_predictions(features, labels, ("train", "validation"))
+    return evaluate_predictions(parts["test"], parts.get("unknown"), names)
 
 
 def measure(
     data: str, encoder: nn.Module | None, words: list[str]
-) -> tuple[dict, dict[str, Predictions], KnownDensity]:
-    """Train on `data`: the summary, what the model makes of the test and unknown images, and its density."""
+) -> tuple[dict, dict[str, Predictions], OpenSetDetector]:
+    """Train on `data`: the summary, predictions of the test and unknown images, and the detector."""
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)[0]
-    with patch("protoleak.train.load_autoencoder", lambda *_: encoder) if encoder else nullcontext():
-        summary = train(arguments)
+    summary = train(arguments, vae=encoder)
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir, vae=encoder)
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
     rows = {split: part for split, part in load_splits(data).items() if split in ("test", "unknown")}
-    return summary, predict_splits(model, processor, rows, Accelerator()), model.density
+    return summary, predict_splits(model, processor, rows, Accelerator()), model.detector
 
 
-def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], names: list[str]) -> dict:
+def together(
+    models: list[dict[str, Predictions]], detectors: list[OpenSetDetector], names: list[str]
+) -> SplitEvaluation:
     """
     Two models asked together: class probabilities are the geometric mean of theirs, and the open-set score is
     the config's, of their embeddings side by side, each of unit length.
@@ -142,47 +138,50 @@ def together(made: list[dict[str, Predictions]], densities: list[KnownDensity], 
     def side_by_side(parts: list) -> np.ndarray:
         return np.hstack([normalize(part) for part in parts])
 
-    known = side_by_side([density.train_["embeddings"] for density in densities])
-    name = densities[0].open_set_scores["embeddings"]
-    score = OPEN_SET_SCORES[name]().fit(known, densities[0].train_["labels"])
+    known = side_by_side([detector.train_["embeddings"] for detector in detectors])
+    name = detectors[0].open_set_scores["embeddings"]
+    score = OPEN_SET_SCORES[name]().fit(known, detectors[0].train_["labels"])
     joined = {}
-    for split in made[0]:
-        of_both = [part[split] for part in made]
-        embeddings = side_by_side([part.embeddings for part in of_both])
-        probabilities = np.sqrt(of_both[0].probabilities * of_both[1].probabilities)
+    for split in models[0]:
+        one, other = (predictions[split] for predictions in models)
+        embeddings = side_by_side([one.embeddings, other.embeddings])
+        probabilities = np.sqrt(one.probabilities * other.probabilities)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        of_open_set = score.score_samples(embeddings)
-        joined[split] = Predictions(embeddings, probabilities, of_both[0].labels, of_open_set)
-    return summarize(joined["test"], joined.get("unknown"), names)
+        joined[split] = Predictions(embeddings, probabilities, one.labels, score.score_samples(embeddings))
+    return evaluate_predictions(joined["test"], joined.get("unknown"), names)
+
+
+def encoders(path: str, words: list[str]) -> tuple[dict[str, nn.Module | None], list[str]]:
+    """The VAEs to look through, `None` for one that a checkpoint loads; and the words without --vae."""
+    taef2 = Path(path).resolve().parent / "taef2"
+    if "--vae" in words:
+        place = words.index("--vae")
+        return {BUNDLED: None, words[place + 1]: None}, words[:place] + words[place + 2 :]
+    return {BUNDLED: None} | ({str(taef2): Taef2Encoder.load(taef2)} if taef2.is_dir() else {}), words
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    path, *words = sys.argv[1:]
-    encoders: dict[str, nn.Module | None] = {BUNDLED: None}
-    if "--vae" in words:
-        place = words.index("--vae")
-        encoders[words[place + 1]] = None
-        del words[place : place + 2]
-    elif (taef2 := Path(path).resolve().parent / "taef2").is_dir():
-        encoders[str(taef2)] = Taef2Encoder.load(taef2)
+    path = sys.argv[1]
+    vaes, words = encoders(path, sys.argv[2:])
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
     print(format_summary(baseline(path)), flush=True)
-    found = []
+    runs = []
     with tempfile.TemporaryDirectory() as data:
         join(path, data)
-        for name, encoder in encoders.items():
+        for name, encoder in vaes.items():
             own = ["--output_dir", f"runs/realworld/{Path(name).name}", "--dataset_name", data]
             own += [] if name == BUNDLED else ["--vae_name_or_path", name]
-            found.append(measure(data, encoder, [*own, *DEFAULTS.split(), *words]))
-            summary = found[-1][0]
+            summary, *rest = measure(data, encoder, [*own, *DEFAULTS.split(), *words])
+            evaluation = Evaluation.from_dict(summary)
+            runs.append((evaluation.labels, *rest))
             print(f"\nProto-LeakNet, VAE {name}: {summary['epochs']} epochs, {summary['seconds']['total']} s")
-            print(format_report(summary), flush=True)
-    if len(found) == 2:
-        summaries, made, densities = zip(*found, strict=True)
+            print(format_report(evaluation), flush=True)
+    if len(runs) == 2:
+        labels, models, detectors = zip(*runs, strict=True)
         print("\nboth asked together")
-        print(format_summary(together(made, densities, summaries[0]["labels"])))
+        print(format_summary(together(models, detectors, labels[0])))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.evaluation.protocol import figures, predict_splits
+from protoleak.evaluation.predictions import predict_splits
+from protoleak.evaluation.protocol import compute_metrics
 from protoleak.evaluation.splits import load_splits
-from protoleak.train import TrainingArguments, train
+from protoleak.train import train
+from protoleak.training.arguments import TrainingArguments
 from transformers import HfArgumentParser
 
 PAPER = 0.9813  # Macro AUC, closed set (arXiv 2511.04260)
@@ -38,7 +40,7 @@ def treatment(path: str) -> str:
 
 
 def by_treatment(arguments: TrainingArguments) -> list[dict]:
-    """Figures of the trained checkpoint on all test images, and on those of each treatment."""
+    """Metrics of the trained checkpoint on all test images, and on those of each treatment."""
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.output_dir)
     processor = ProtoLeakImageProcessor.from_pretrained(arguments.output_dir)
     splits, accelerator = load_splits(arguments.dataset_name, arguments.seed), Accelerator()
@@ -56,7 +58,7 @@ def by_treatment(arguments: TrainingArguments) -> list[dict]:
             continue  # no such images of some class
         unknown = chosen.get("unknown")
         unknown = unknown if unknown is not None and len(unknown.labels) else None
-        values = figures(chosen["test"], unknown, names, model.config.alpha)
+        values = compute_metrics(chosen["test"], unknown, names, model.config.alpha)
         rows.append({"images": name, "count": len(chosen["test"].labels)} | values)
     return rows
 

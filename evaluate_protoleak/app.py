@@ -1,4 +1,4 @@
-"""The metric's Space: paste scores, read figures. (`evaluate`'s own widget needs a Gradio of 2022.)"""
+"""The metric's Space: paste scores, read metrics. (`evaluate`'s own widget needs a Gradio of 2022.)"""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def make_page():
     return gradio.Interface(
         answer,
         [gradio.Textbox(value, label=title) for title, value in zip(titles, EXAMPLE, strict=True)],
-        gradio.JSON(label="Figures"),
+        gradio.JSON(label="Metrics"),
         title="Attribution metric",
         article=(HERE / "README.md").read_text(encoding="utf-8").split("---", 2)[2],
     )

@@ -1,4 +1,4 @@
-"""The `evaluate` metric of image attribution: closed-set and open-set figures, computed by scikit-learn."""
+"""The `evaluate` metric of image attribution: closed-set and open-set metrics, computed by scikit-learn."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from sklearn.metrics import (
 )
 
 _DESCRIPTION = """
-Figures of image attribution. Closed set: which of the known generators made an image. Open set: whether any
+Metrics of image attribution. Closed set: which of the known generators made an image. Open set: whether any
 of them did.
 """
 
@@ -53,7 +53,7 @@ Examples:
 """
 
 
-def closed_set_figures(
+def closed_set_metrics(
     predictions: np.ndarray, references: np.ndarray, label_names: Sequence[str] | None = None
 ) -> dict[str, float | dict[str, float]]:
     """Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1."""
@@ -89,7 +89,7 @@ def closed_set_figures(
     }
 
 
-def open_set_figures(known_scores: np.ndarray, unknown_scores: np.ndarray) -> dict[str, float]:
+def open_set_metrics(known_scores: np.ndarray, unknown_scores: np.ndarray) -> dict[str, float]:
     """Known against unknown from scores that are higher for known images: (N,), (U,)."""
     known, unknown = np.asarray(known_scores, float), np.asarray(unknown_scores, float)
     for name, scores in (("known_scores", known), ("unknown_scores", unknown)):
@@ -122,28 +122,28 @@ def open_set_classification_rate(
     return float(np.trapezoid(rate, false_positive))
 
 
-def attribution_figures(
+def attribution_metrics(
     predictions: np.ndarray,
     references: np.ndarray,
     known_scores: np.ndarray | None = None,
     unknown_scores: np.ndarray | None = None,
     label_names: Sequence[str] | None = None,
 ) -> dict:
-    """All figures: see this module's metric."""
-    figures = closed_set_figures(predictions, references, label_names)
+    """All metrics, see the description of this module's [`ProtoLeakMetric`]."""
+    metrics = closed_set_metrics(predictions, references, label_names)
     if (known_scores is None) != (unknown_scores is None):
-        raise ValueError("open-set figures need both known_scores and unknown_scores; got one of them")
+        raise ValueError("open-set metrics need both known_scores and unknown_scores; got one of them")
     if known_scores is not None:
         if len(known_scores) != len(references):
             raise ValueError(
                 f"known_scores must hold {len(references)} scores, one a reference; got {len(known_scores)}"
             )
-        figures |= open_set_figures(known_scores, unknown_scores)
+        metrics |= open_set_metrics(known_scores, unknown_scores)
         correct = np.argmax(predictions, axis=1) == np.asarray(references)
-        figures["oscr"] = open_set_classification_rate(
+        metrics["oscr"] = open_set_classification_rate(
             correct, np.asarray(known_scores), np.asarray(unknown_scores)
         )
-    return figures
+    return metrics
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:
@@ -155,7 +155,7 @@ def _require_finite(name: str, values: np.ndarray) -> None:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class ProtoLeakMetric(evaluate.Metric):
-    """Macro AUC, accuracy, and open-set figures; configurations "default" and "open-set"."""
+    """Macro AUC, accuracy, and open-set metrics; configurations "default" and "open-set"."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {
@@ -188,4 +188,4 @@ class ProtoLeakMetric(evaluate.Metric):
             is_known, scores = np.array(is_known, bool), np.array(scores)
             predictions, references = predictions[is_known], references[is_known]
             known_scores, unknown_scores = scores[is_known], scores[~is_known]
-        return attribution_figures(predictions, references, known_scores, unknown_scores, label_names)
+        return attribution_metrics(predictions, references, known_scores, unknown_scores, label_names)

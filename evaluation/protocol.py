@@ -1,156 +1,161 @@
-"""What a model gives for many images, and the figures of it: closed set, open set, real against generated."""
+"""The evaluation of a checkpoint: metrics of its test images, with intervals, and what they are made of."""
 
-import io
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from datasets import Dataset, DatasetDict
-from PIL import Image
-from scipy.stats import binomtest
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder
-from sklearn.tree import DecisionTreeClassifier
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from ..configuration_protoleak import FEATURES
-from ..density_protoleak import OPEN_SET_SCORES
 from ..evaluate_protoleak.evaluate_protoleak import (
-    attribution_figures,
-    closed_set_figures,
-    open_set_figures,
+    attribution_metrics,
+    closed_set_metrics,
+    open_set_metrics,
 )
-from ..postprocessing_protoleak import CHAINS, OPERATORS
-from ..training.latents import content_key, encode_split
+from ..scores_protoleak import OPEN_SET_SCORES
+from ..training.latents import LatentDataset, View
+from .predictions import Predictions, Subject, predict
+from .shortcuts import format_bias
 
 REAL = "real"
 RESAMPLES = 300
-OF_ROBUSTNESS = {
-    "macro_auc": "Macro AUC",
-    "accuracy": "accuracy",
-    "auroc": "open-set AUROC",
-    "false_unknown_rate": "known called unknown",
-    "unknown_rejected": "unknown called unknown",
-    "stability": "verdict kept",
-}
 OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
+
+Metrics = dict[str, Any]  # a number by its name, see `report.TITLES`; and `per_class_auc`, a number a class
 
 
 @dataclass
-class Predictions:
+class SplitEvaluation:
     """
-    Of N images: embeddings (N, D), class probabilities (N, K), labels (N,), and where there are any log
-    densities (N,), gates (N, D), statistics (N, S), p-values (N,) and class p-values (N, K).
+    What was measured on one test split, and on unknown images beside it.
+
+    Args:
+        num_test, num_unknown (`int`): Images of known classes, and by unknown generators.
+        metrics (`dict`): See [`compute_metrics`].
+        intervals (`dict`): [low, high] of every metric that is one number; 95 %, bootstrap over images.
+        confusion (`list[list[int]]`): Counts; rows are true classes, columns verdicts, "unknown" the last.
+        reliability (`list[dict]`): See [`reliability`].
+        scores (`dict[str, list[float]]`): What ROC curves are drawn from: the open-set scores of `known` and
+            `unknown` images, and the probabilities of the class "real" of `real` and `generated` ones.
+        shuffled_macro_auc (`float`): With the labels permuted, mean of 20; near 0.5.
+        per_unknown (`dict[str, dict]`, *optional*): AUROC of known against each unknown generator, how much
+            of it is rejected, and the known class that most of it looks like, with its share.
+        open_set_scores (`dict[str, dict]`, *optional*): Metrics of each open-set score of the package.
+        noise (`dict[str, list[float]]`, *optional*): The main metrics for each draw of the evaluation noise,
+            the config's first.
+        format_bias (`dict`, *optional*): See [`format_bias`].
     """
 
-    embeddings: np.ndarray
-    probabilities: np.ndarray
-    labels: np.ndarray
-    log_density: np.ndarray | None = None
-    gates: np.ndarray | None = None
-    statistics: np.ndarray | None = None
-    p_values: np.ndarray | None = None
-    class_p_values: np.ndarray | None = None
+    num_test: int
+    num_unknown: int
+    metrics: Metrics
+    intervals: dict[str, list[float]]
+    confusion: list[list[int]]
+    reliability: list[dict[str, float]]
+    scores: dict[str, list[float]]
+    shuffled_macro_auc: float
+    per_unknown: dict[str, dict[str, Any]] | None = None
+    open_set_scores: dict[str, dict[str, float]] | None = None
+    noise: dict[str, list[float]] | None = None
+    format_bias: dict[str, Any] | None = None
 
-    def take(self, index: np.ndarray) -> "Predictions":
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Predictions(**{name: None if part is None else part[index] for name, part in parts.items()})
 
-
-@torch.no_grad()
-def predict(model, data: TensorDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
+@dataclass
+class Evaluation:
     """
-    Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
+    Everything that is known of how well a checkpoint does.
+
+    Args:
+        labels (`list[str]`): The known classes.
+        alpha (`float`): Level of the verdicts.
+        open_set_score (`str`): Name of the one in use.
+        splits (`dict[str, SplitEvaluation]`): By the name of the test split; the first is the main one.
     """
-    module = accelerator.unwrap_model(model)
-    training = module.training
-    module.eval()
-    parts: dict[str, list[np.ndarray]] = {}
-    for latents, labels in accelerator.prepare(DataLoader(data, batch_size)):
-        output = module(latents=latents)
-        row = {
-            "embeddings": output.embeddings.float(),
-            "gates": output.gates.float(),
-            "statistics": output.statistics.float(),
-            "probabilities": output.logits.double().softmax(dim=1),
-            "labels": labels,
+
+    labels: list[str]
+    alpha: float
+    open_set_score: str
+    splits: dict[str, SplitEvaluation]
+
+    @property
+    def main(self) -> SplitEvaluation:
+        return next(iter(self.splits.values()))
+
+    @property
+    def metrics(self) -> Metrics:
+        """Those of the main split."""
+        return self.main.metrics
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as metrics.json has them; what was not measured is left out."""
+        splits = {
+            name: {key: value for key, value in asdict(split).items() if value is not None}
+            for name, split in self.splits.items()
         }
-        for name in ("log_density", "p_values", "class_p_values"):
-            if (part := getattr(output, name)) is not None:
-                row[name] = part.to(accelerator.device)
-        for name, part in accelerator.gather_for_metrics(row).items():
-            parts.setdefault(name, []).append(part.cpu().numpy())
-    module.train(training)
-    return Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+        return asdict(self) | {"splits": splits}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """The same again, from a dict that may have more keys, such as that of metrics.json."""
+        splits = {name: SplitEvaluation(**split) for name, split in values["splits"].items()}
+        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"splits": splits})
 
 
-def predict_splits(
-    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator,
-    keys: Mapping[str, str] | None = None, **view: Any,
-) -> dict[str, Predictions]:  # fmt: skip
-    """
-    [`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE. `keys` are
-    the splits' [`content_key`], where they are at hand; `view` is how [`encode_split`] post-processes them.
-    """
-    names, made = model.config.label_names, {}
-    for split, part in rows.items():
-        key = None if keys is None else keys[split]
-        data = encode_split(part, names, model, processor, accelerator, key=key, **view)
-        made[split] = predict(model, data, accelerator)
-    return made
+# --- metrics ------------------------------------------------------------------------------------------------
 
 
-def figures(
+def compute_metrics(
     test: Predictions, unknown: Predictions | None, label_names: list[str], alpha: float = 0.05
-) -> dict[str, Any]:
+) -> Metrics:
     """
-    All figures of held-out test images of known classes, and of images by unknown generators where there are
+    All metrics of held-out test images of known classes, and of images by unknown generators where there are
     some.
 
-    The open-set score is the log density. Keys are those of `evaluate_protoleak`, and see `TITLES`;
-    `real_...` are those of the probability of the class "real", where there is one, against generated
-    images. Error rates of verdicts are at the level `alpha`.
+    Keys are those of `evaluate_protoleak`, and see `report.TITLES`; `real_...` are those of the probability
+    of the class "real", where there is one, against generated images. Error rates of verdicts are at the
+    level `alpha`.
     """
-    open_set = unknown is not None and test.log_density is not None
-    result = attribution_figures(
+    open_set = unknown is not None and test.open_set_score is not None
+    metrics = attribution_metrics(
         test.probabilities,
         test.labels,
-        known_scores=test.log_density if open_set else None,
-        unknown_scores=unknown.log_density if open_set else None,
+        known_scores=test.open_set_score if open_set else None,
+        unknown_scores=unknown.open_set_score if open_set else None,
         label_names=label_names,
     )
     if REAL in label_names:
-        column = label_names.index(REAL)
-        score, is_real = test.probabilities[:, column], test.labels == column
-        of_real = open_set_figures(score[is_real], score[~is_real])
-        result |= {f"real_{name}": value for name, value in of_real.items()}
+        scores = _real_scores(test, label_names.index(REAL))
+        metrics |= {f"real_{name}": value for name, value in open_set_metrics(*scores).items()}
     own = np.eye(len(label_names))[test.labels]
-    result["ece"] = expected_calibration_error(test.probabilities, test.labels)
-    result["brier"] = float(np.square(test.probabilities - own).sum(axis=1).mean())
-    if test.p_values is not None:
-        result["false_unknown_rate"] = float((test.p_values <= alpha).mean())
-        if unknown is not None:
-            result["unknown_rejected"] = float((unknown.p_values <= alpha).mean())
-        best = test.probabilities.argmax(axis=1)
-        in_set = test.class_p_values > alpha
-        in_set[np.arange(len(best)), best] = True
-        result["set_coverage"] = float(in_set[np.arange(len(best)), test.labels].mean())
-        result["ambiguous_rate"] = float((in_set.sum(axis=1) > 1).mean())
-    return result
+    metrics["ece"] = expected_calibration_error(test.probabilities, test.labels)
+    metrics["brier"] = float(np.square(test.probabilities - own).sum(axis=1).mean())
+    return metrics if test.p_values is None else metrics | _verdict_metrics(test, unknown, alpha)
+
+
+def _real_scores(test: Predictions, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the class "real", of real and of generated images."""
+    score, is_real = test.probabilities[:, column], test.labels == column
+    return score[is_real], score[~is_real]
+
+
+def _verdict_metrics(test: Predictions, unknown: Predictions | None, alpha: float) -> dict[str, float]:
+    """Error rates of "unknown", and what the prediction sets hold; a set has at least the likeliest class."""
+    metrics = {"false_unknown_rate": float((test.p_values <= alpha).mean())}
+    if unknown is not None:
+        metrics["unknown_rejected"] = float((unknown.p_values <= alpha).mean())
+    images, in_set = np.arange(len(test)), test.class_p_values > alpha
+    in_set[images, test.likeliest()] = True
+    metrics["set_coverage"] = float(in_set[images, test.labels].mean())
+    metrics["ambiguous_rate"] = float((in_set.sum(axis=1) > 1).mean())
+    return metrics
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """
     ECE of the likeliest class: mean gap of confidence and accuracy in bins of equal width (Guo et al. 2017).
     """
-    return float(sum(row["share"] * abs(row["confidence"] - row["accuracy"]) for row in
-                     reliability(probabilities, labels, bins)))  # fmt: skip
+    rows = reliability(probabilities, labels, bins)
+    return float(sum(row["share"] * abs(row["confidence"] - row["accuracy"]) for row in rows))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
@@ -168,356 +173,180 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
     ]
 
 
-def summarize(
+def bootstrap_intervals(
     test: Predictions,
     unknown: Predictions | None,
     label_names: list[str],
+    alpha: float = 0.05,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    alpha: float = 0.05,
-) -> dict[str, Any]:
-    """
-    Figures with 95 % bootstrap intervals over images, drawn within each class.
-
-    Returns:
-        `dict` with `num_test`, `num_unknown`, `figures` and `intervals` ([low, high] of every scalar figure).
-    """
+) -> dict[str, list[float]]:
+    """95 % intervals of every metric that is one number; known images are drawn within each class."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(test.labels == k) for k in range(len(label_names))]
     draws: dict[str, list[float]] = {}
     for _ in range(resamples):
-        index = np.concatenate([rng.choice(m, len(m)) for m in members])
-        other = (
-            None
-            if unknown is None
-            else unknown.take(rng.integers(len(unknown.labels), size=len(unknown.labels)))
-        )
-        for name, value in figures(test.take(index), other, label_names, alpha).items():
-            if name != "per_class_auc":
+        known = test.take(np.concatenate([rng.choice(m, len(m)) for m in members]))
+        other = None if unknown is None else unknown.take(rng.integers(len(unknown), size=len(unknown)))
+        for name, value in compute_metrics(known, other, label_names, alpha).items():
+            if not isinstance(value, dict):
                 draws.setdefault(name, []).append(value)
-    return {
-        "num_test": len(test.labels),
-        "num_unknown": 0 if unknown is None else len(unknown.labels),
-        "figures": figures(test, unknown, label_names, alpha),
-        "intervals": {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()},
-    }
+    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
 
 
-TITLES = {
-    "macro_auc": "Macro AUC, closed set",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "real_auroc": "AUROC, real against generated",
-    "real_aupr": "AUPR, real against generated",
-    "real_fpr95": "FPR at 95 % TPR, generated taken for real",
-    "real_eer": "EER, real against generated",
-    "real_overlap": "overlap, real and generated",
-    "auroc": "AUROC, known against unknown",
-    "aupr": "AUPR, known against unknown",
-    "fpr95": "FPR at 95 % TPR, unknown taken for known",
-    "eer": "EER, known against unknown",
-    "overlap": "overlap, known and unknown",
-    "oscr": "OSCR",
-    "false_unknown_rate": "known images called unknown, at alpha",
-    "unknown_rejected": "unknown images called unknown, at alpha",
-    "set_coverage": "prediction sets with the right class",
-    "ambiguous_rate": "prediction sets of more than one class",
-    "ece": "ECE",
-    "brier": "Brier score",
-}
+# --- a test split -------------------------------------------------------------------------------------------
 
 
-def format_summary(summary: dict[str, Any]) -> str:
-    """The summary as a table for a terminal."""
-    lines = [
-        f"{summary['num_test']} test images of known classes, {summary['num_unknown']} by unknown generators"
-    ]
-    for name, title in TITLES.items():
-        if name in summary["figures"]:
-            low, high = summary["intervals"][name]
-            lines.append(f"  {title:<42} {summary['figures'][name]:.4f}  [{low:.4f}, {high:.4f}]")
-    lines.append("  one-vs-rest AUC of each class")
-    lines += [f"    {name:<40} {auc:.4f}" for name, auc in summary["figures"]["per_class_auc"].items()]
-    return "\n".join(lines)
-
-
-# --- robustness ---------------------------------------------------------------------------------------------
-
-
-def robustness(
-    model, processor, splits: DatasetDict, accelerator: Accelerator, quick: bool = False, seed: int = 0
-) -> list[dict[str, Any]]:
+def evaluate_predictions(
+    test: Predictions,
+    unknown: Predictions | None,
+    label_names: list[str],
+    alpha: float = 0.05,
+    unknown_names: list[str] | None = None,
+    resamples: int = RESAMPLES,
+) -> SplitEvaluation:
     """
-    The test and unknown images again, post-processed in every way of `OPERATORS` and `CHAINS`.
+    The evaluation of what a model, or a baseline, gives for test images.
 
     Args:
-        splits (`DatasetDict`): With `test` and perhaps `unknown`.
-        quick (`bool`): Every fourth image, and the middle strength of each operator alone.
-
-    Returns:
-        A row for each operator and strength, the untouched images first: `operator`, `strength`,
-        `macro_auc`, `accuracy`, `auroc` (known against unknown), `false_unknown_rate` and `unknown_rejected`
-        (shares of known and of unknown images that are called unknown), `stability` (share of all images
-        whose verdict is that of the untouched image).
+        test: Of images of known classes, each with at least one.
+        unknown (*optional*): Of images by unknown generators.
+        unknown_names (`list[str]`, *optional*): Of each of these, its generator.
+        resamples (`int`): Of the bootstrap.
     """
-    names = model.config.label_names
-    rows = {split: splits[split] for split in ("test", "unknown") if split in splits}
-    if quick:
-        rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
-    keys = {split: content_key(part, model, processor) for split, part in rows.items()}
-    cases: list[tuple[str | None, float | None]] = [(None, None)]
-    for name, (_, strengths) in OPERATORS.items():
-        cases += [(name, s) for s in ((strengths[len(strengths) // 2],) if quick else strengths)]
-    cases += [(name, None) for name in CHAINS]
-    table, untouched = [], None
-    for operator, strength in tqdm(cases, desc="robustness", disable=not accelerator.is_main_process):
-        view = {"operator": operator, "strength": strength, "seed": seed}
-        made = predict_splits(model, processor, rows, accelerator, keys, **view)
-        values = figures(made["test"], made.get("unknown"), names, model.config.alpha)
-        verdicts = np.concatenate([_verdicts(part, model.config.alpha) for part in made.values()])
-        untouched = verdicts if untouched is None else untouched
-        row = {"operator": operator or "none", "strength": strength}
-        row |= {name: values[name] for name in OF_ROBUSTNESS if name in values}
-        table.append(row | {"stability": float((verdicts == untouched).mean())})
-    return table
+    names = ["unknown"] * (0 if unknown is None else len(unknown)) if unknown_names is None else unknown_names
+    open_set = unknown is not None and test.open_set_score is not None
+    return SplitEvaluation(
+        num_test=len(test),
+        num_unknown=0 if unknown is None else len(unknown),
+        metrics=compute_metrics(test, unknown, label_names, alpha),
+        intervals=bootstrap_intervals(test, unknown, label_names, alpha, resamples),
+        confusion=_confusion(test, alpha),
+        reliability=reliability(test.probabilities, test.labels),
+        scores=_roc_scores(test, unknown, label_names),
+        shuffled_macro_auc=_shuffled_macro_auc(test),
+        per_unknown=_per_unknown(test, unknown, label_names, names, alpha) if open_set else None,
+    )
 
 
-def _verdicts(predictions: Predictions, alpha: float) -> np.ndarray:
-    """Index of the class that an image is attributed to; K for "unknown". (N,)"""
-    unknown = predictions.probabilities.shape[1]
-    return np.where(predictions.p_values <= alpha, unknown, predictions.probabilities.argmax(axis=1))
+def _confusion(test: Predictions, alpha: float) -> list[list[int]]:
+    num_labels = test.probabilities.shape[1]
+    counts = np.zeros((num_labels, num_labels + 1), int)
+    np.add.at(counts, (test.labels, test.verdicts(alpha)), 1)
+    return counts.tolist()
 
 
-def format_robustness(table: list[dict[str, Any]]) -> str:
-    """The rows of [`robustness`] as Markdown."""
-    columns = [name for name in OF_ROBUSTNESS if name in table[0]]
-    lines = [
-        f"| operator | strength | {' | '.join(OF_ROBUSTNESS[c] for c in columns)} |",
-        "| --- " * (len(columns) + 2) + "|",
-    ]
-    for row in table:
-        strength = "" if row["strength"] is None else f"{row['strength']:g}"
-        values = " | ".join(f"{row[c]:.3f}" for c in columns)
-        lines.append(f"| {row['operator']} | {strength} | {values} |")
-    return "\n".join(lines)
+def _roc_scores(test: Predictions, unknown: Predictions | None, label_names: list[str]) -> dict:
+    scores = {}
+    if test.open_set_score is not None:
+        scores["known"] = test.open_set_score
+    if unknown is not None and unknown.open_set_score is not None:
+        scores["unknown"] = unknown.open_set_score
+    if REAL in label_names:
+        scores["real"], scores["generated"] = _real_scores(test, label_names.index(REAL))
+    return {name: values.tolist() for name, values in scores.items()}
 
 
-# --- the whole protocol -------------------------------------------------------------------------------------
+def _shuffled_macro_auc(test: Predictions, repeats: int = 20) -> float:
+    rng = np.random.default_rng(0)
+    labels = [rng.permutation(test.labels) for _ in range(repeats)]
+    return float(np.mean([closed_set_metrics(test.probabilities, y)["macro_auc"] for y in labels]))
+
+
+def _per_unknown(
+    test: Predictions, unknown: Predictions, label_names: list[str], generators: list[str], alpha: float
+) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for generator in np.unique(generators):
+        part = unknown.take(np.array(generators) == generator)
+        counts = np.bincount(part.likeliest(), minlength=len(label_names))
+        row = {"auroc": open_set_metrics(test.open_set_score, part.open_set_score)["auroc"]}
+        if part.p_values is not None:
+            row["unknown_rejected"] = float((part.p_values <= alpha).mean())
+        row["likeliest"] = label_names[counts.argmax()]
+        row["likeliest_share"] = float(counts.max() / counts.sum())
+        rows[str(generator)] = row
+    return rows
+
+
+# --- a checkpoint -------------------------------------------------------------------------------------------
 
 
 def evaluate_model(
     model,
-    test: TensorDataset,
-    unknown: TensorDataset | None,
+    test: LatentDataset,
+    unknown: LatentDataset | None,
     accelerator: Accelerator,
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
-) -> dict[str, Any]:
+    resamples: int = RESAMPLES,
+) -> Evaluation:
     """
-    Everything that is to be known of a checkpoint: what [`summarize`] gives, and
-
-    - per_unknown: AUROC of known against each unknown generator, how much of it is rejected, and the known
-      class that most of it looks like, with its share;
-    - confusion: counts, rows are true classes, columns verdicts with "unknown" as the last;
-    - reliability: see [`reliability`];
-    - open_set_scores: figures of every open-set score on the same embeddings;
-    - noise: the main figures for each of `noise_seeds` draws of the evaluation noise, the config's first;
-    - shuffled_macro_auc: with the test labels permuted, mean of 20; near 0.5;
-    - scores: what the ROC curves are drawn from, open-set scores of `known` and `unknown` images, and
-      probabilities of the class "real" for `real` and `generated` ones.
+    Everything that is to be known of a checkpoint.
 
     Args:
-        model ([`ProtoLeakForImageAttribution`]): With a density.
+        model ([`ProtoLeakForImageAttribution`]): With a detector.
         test, unknown: Latents, and labels 0..K-1 of known classes.
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
+        noise_seeds (`int`): How many draws of the evaluation noise the main metrics are given for.
+        resamples (`int`): Of the bootstrap.
     """
     config = model.config
-    names = config.label_names
-    seen = predict(model, test, accelerator)
-    strange = predict(model, unknown, accelerator) if unknown is not None else None
-    report = {
-        "labels": names,
-        "alpha": config.alpha,
-        "open_set_score": config.open_set_title,
-    }
-    report |= summarize(seen, strange, names, alpha=config.alpha)
-    confusion = np.zeros((len(names), len(names) + 1), int)
-    np.add.at(confusion, (seen.labels, _verdicts(seen, config.alpha)), 1)
-    report["confusion"] = confusion.tolist()
-    report["reliability"] = reliability(seen.probabilities, seen.labels)
-    if strange is not None:
-        report["open_set_scores"] = open_set_table(model, seen, strange)
-        members = np.array(unknown_names) if unknown_names is not None else np.repeat("unknown", len(unknown))
-        report["per_unknown"] = {}
-        for name in np.unique(members):
-            part = strange.take(np.flatnonzero(members == name))
-            likeliest = np.bincount(part.probabilities.argmax(axis=1), minlength=len(names))
-            report["per_unknown"][str(name)] = {
-                "auroc": open_set_figures(seen.log_density, part.log_density)["auroc"],
-                "unknown_rejected": float((part.p_values <= config.alpha).mean()),
-                "likeliest": names[likeliest.argmax()],
-                "likeliest_share": float(likeliest.max() / likeliest.sum()),
-            }
-    rng = np.random.default_rng(0)
-    shuffled = [closed_set_figures(seen.probabilities, rng.permutation(seen.labels)) for _ in range(20)]
-    report["shuffled_macro_auc"] = float(np.mean([f["macro_auc"] for f in shuffled]))
-    report["scores"] = {"known": seen.log_density.tolist()}
-    if strange is not None:
-        report["scores"]["unknown"] = strange.log_density.tolist()
-    if REAL in names:
-        of_real, is_real = seen.probabilities[:, names.index(REAL)], seen.labels == names.index(REAL)
-        report["scores"] |= {"real": of_real[is_real].tolist(), "generated": of_real[~is_real].tolist()}
-    report["noise"] = _over_noise_seeds(model, test, unknown, accelerator, report["figures"], noise_seeds)
-    return report
+    known = predict(model, test, accelerator)
+    other = predict(model, unknown, accelerator) if unknown is not None else None
+    split = evaluate_predictions(known, other, config.label_names, config.alpha, unknown_names, resamples)
+    if other is not None:
+        split.open_set_scores = compare_open_set_scores(model, known, other)
+    split.noise = _over_noise_seeds(model, test, unknown, accelerator, split.metrics, noise_seeds)
+    return Evaluation(config.label_names, config.alpha, config.open_set_title, {"test": split})
 
 
-def _over_noise_seeds(model, test, unknown, accelerator, first: dict, count: int) -> dict[str, list[float]]:
-    """The main figures for each draw of the noise; those of the config's own are at hand in `first`."""
-    own_seed, names = model.config.noise_seed, model.config.label_names
-    found = {name: [first[name]] for name in OVER_NOISE if name in first}
-    try:
-        for seed in range(own_seed + 1, own_seed + count):
-            model.protoleak.set_noise_seed(seed)
-            strange = predict(model, unknown, accelerator) if unknown is not None else None
-            values = figures(predict(model, test, accelerator), strange, names, model.config.alpha)
-            for name, of_seeds in found.items():
-                of_seeds.append(values[name])
-    finally:
-        model.protoleak.set_noise_seed(own_seed)
-    return found
-
-
-def all_open_set_scores(density, *images: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[np.ndarray]]]:
+def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: bool = False) -> Evaluation:
     """
-    Every score of `OPEN_SET_SCORES`, of embeddings and of statistics, fitted on a density's training images:
-    its name, and what it gives for each of `images`, which have `embeddings` and `statistics`.
+    [`evaluate_model`] and [`format_bias`] of a checkpoint that is loaded with its images.
+
+    Args:
+        normalise_format (`bool`): Whether every image is encoded as JPEG of quality 90 first.
     """
-    train = density.train_
+    splits, cache = subject.splits, subject.cache()
+    view = View(operator="jpeg", strength=90.0) if normalise_format else View()
+    data = {split: cache.encode(rows, view) for split, rows in splits.items()}
+    names = splits["unknown"]["label"] if "unknown" in splits else None
+    latents = (data["test"], data.get("unknown"))
+    evaluation = evaluate_model(subject.model, *latents, subject.accelerator, names, noise_seeds)
+    evaluation.main.format_bias = format_bias(splits["test"])
+    return evaluation
+
+
+def compare_open_set_scores(model, known: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
+    """
+    AUROC, AUPR, FPR95, EER and overlap of the score in use, and of each of the package's, fitted on the
+    checkpoint's training images. benchmarks/open_set.py compares many more.
+    """
+    train = model.detector.train_
+    table = {model.config.open_set_title: open_set_metrics(known.open_set_score, unknown.open_set_score)}
     for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
-            yield f"{name} of {features}", [score.score_samples(part[features]) for part in images]
+            parts = [score.score_samples(getattr(part, features)) for part in (known, unknown)]
+            table[f"{name} of {features}"] = open_set_metrics(*parts)
+    return table
 
 
-def open_set_table(model, test: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
-    """AUROC, AUPR, FPR95, EER and overlap of every open-set score, fitted on the checkpoint's images."""
-    table = {model.config.open_set_title: [test.log_density, unknown.log_density]}
-    table |= all_open_set_scores(model.density, vars(test), vars(unknown))
-    table["max_softmax"] = [part.probabilities.max(axis=1) for part in (test, unknown)]
-    with torch.no_grad():
-        inputs = [
-            [torch.from_numpy(x).to(model.device) for x in (part.embeddings, part.gates)]
-            for part in (test, unknown)
-        ]
-        table["energy"] = [model.head(*x).double().logsumexp(dim=1).cpu().numpy() for x in inputs]
-        table["prototype_distance"] = [
-            -model.head.distances(*x).flatten(1).amin(dim=1).double().cpu().numpy() for x in inputs
-        ]
-    return {name: open_set_figures(*scores) for name, scores in table.items()}
-
-
-def format_bias(rows: Dataset, folds: int = 5) -> dict[str, Any]:
-    """
-    How well file format, mode, size and metadata fields alone tell the class: cross-validated balanced
-    accuracy of a decision tree, and the chance of as many right answers by guessing. No pixel is read.
-
-    Returns:
-        `dict` with `balanced_accuracy`, `chance` (1 / K), `p_value`, `values` (distinct ones of each).
-    """
-    facts = []
-    for image in rows["image"]:
-        source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-        with Image.open(source) as opened:
-            tables = getattr(opened, "quantization", None)
-            facts.append(
-                [opened.format, opened.mode, str(opened.size), str(sorted(opened.info)), str(tables)]
-            )
-    labels = np.array(rows["label"])
-    classes, counts = np.unique(labels, return_counts=True)
-    folds = min(folds, int(counts.min()))
-    if len(classes) < 2 or folds < 2:
-        raise ValueError(
-            f"format bias needs 2 classes of 2 images; got {dict(zip(classes, counts, strict=True))}"
-        )
-    tree = make_pipeline(
-        OneHotEncoder(handle_unknown="ignore"),
-        DecisionTreeClassifier(class_weight="balanced", random_state=0),
-    )
-    guesses = cross_val_predict(
-        tree, np.array(facts), labels, cv=StratifiedKFold(folds, shuffle=True, random_state=0)
-    )
-    right = int((guesses == labels).sum())
-    return {
-        "balanced_accuracy": float(balanced_accuracy_score(labels, guesses)),
-        "chance": 1 / len(classes),
-        "p_value": float(binomtest(right, len(labels), counts.max() / len(labels), "greater").pvalue),
-        "values": {
-            name: len(set(column))
-            for name, column in zip(
-                ("format", "mode", "size", "fields", "quantization"), zip(*facts, strict=True), strict=True
-            )
-        },
-    }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """The whole report of [`evaluate_model`] as Markdown."""
-    lines = [
-        f"{report['num_test']} test images of known classes, {report['num_unknown']} by unknown generators; "
-        f"95 % bootstrap intervals over images; alpha = {report['alpha']}.",
-        "",
-        "| figure | value | interval |",
-        "| --- | --- | --- |",
-    ]
-    for name, title in TITLES.items():
-        if name in report["figures"]:
-            low, high = report["intervals"][name]
-            lines.append(f"| {title} | {report['figures'][name]:.4f} | {low:.4f} to {high:.4f} |")
-    lines += ["", "| class | one-vs-rest AUC |", "| --- | --- |"]
-    lines += [f"| {name} | {auc:.4f} |" for name, auc in report["figures"]["per_class_auc"].items()]
-    if "per_unknown" in report:
-        lines += [
-            "",
-            "| unknown generator | AUROC, known against it | called unknown | most look like |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {name} | {row['auroc']:.4f} | {row['unknown_rejected']:.4f} "
-            f"| {row['likeliest']}, {row['likeliest_share']:.2f} |"
-            for name, row in report["per_unknown"].items()
-        ]
-        lines += ["", "| open-set score | AUROC | AUPR | FPR95 | EER | overlap |", "| --- " * 6 + "|"]
-        lines += [
-            f"| {name}{' (in use)' if name == report['open_set_score'] else ''} | "
-            + " | ".join(f"{row[key]:.4f}" for key in ("auroc", "aupr", "fpr95", "eer", "overlap"))
-            + " |"
-            for name, row in report["open_set_scores"].items()
-        ]
-    verdicts = [*report["labels"], "unknown"]
-    lines += [
-        "",
-        f"| true class, then verdicts | {' | '.join(verdicts)} |",
-        "| --- " * (len(verdicts) + 1) + "|",
-    ]
-    lines += [
-        f"| {name} | {' | '.join(map(str, row))} |"
-        for name, row in zip(report["labels"], report["confusion"], strict=True)
-    ]
-    lines += ["", "| confidence | accuracy | share of images |", "| --- | --- | --- |"]
-    lines += [
-        f"| {row['confidence']:.3f} | {row['accuracy']:.3f} | {row['share']:.3f} |"
-        for row in report["reliability"]
-    ]
-    lines += ["", f"Over {len(report['noise']['macro_auc'])} noise seeds:"]
-    lines += [
-        f"- {TITLES[name]}: {np.mean(values):.4f} (from {min(values):.4f} to {max(values):.4f})"
-        for name, values in report["noise"].items()
-    ]
-    lines += ["", f"Macro AUC with permuted labels: {report['shuffled_macro_auc']:.4f} (0.5 is chance)."]
-    if "format_bias" in report:
-        bias = report["format_bias"]
-        lines.append(
-            f"File format, mode, size and metadata alone: balanced accuracy {bias['balanced_accuracy']:.4f} "
-            f"(chance {bias['chance']:.4f}, p = {bias['p_value']:.2g})."
-        )
-    return "\n".join(lines)
+def _over_noise_seeds(
+    model, test, unknown, accelerator, first: Metrics, count: int
+) -> dict[str, list[float]]:
+    """The main metrics for each draw of the noise; those of the config's own are at hand in `first`."""
+    own_seed, names = model.config.noise_seed, model.config.label_names
+    draws = {name: [first[name]] for name in OVER_NOISE if name in first}
+    try:
+        for seed in range(own_seed + 1, own_seed + count):
+            model.protoleak.set_noise_seed(seed)
+            other = predict(model, unknown, accelerator) if unknown is not None else None
+            known = predict(model, test, accelerator)
+            metrics = compute_metrics(known, other, names, model.config.alpha)
+            for name, values in draws.items():
+                values.append(metrics[name])
+    finally:
+        model.protoleak.set_noise_seed(own_seed)
+    return draws

@@ -15,10 +15,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from ..image_processing_protoleak import SUFFIXES, find_images
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
-HELD_OUT = {
-    "test": 0.3,
-    "validation": 0.2,
-}  # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
+# shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
+HELD_OUT = {"test": 0.3, "validation": 0.2}
 
 
 def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
@@ -84,6 +82,33 @@ def load_unknown(name: str) -> Dataset:
     return datasets.concatenate_datasets(parts)
 
 
+def held_out_images(name: str, label_names: Sequence[str], unknown: str | None = None) -> DatasetDict:
+    """
+    What a model of these classes is measured on: the split `test` of a data set, and `unknown`, its own
+    unknown split and the images of another data set, where there are any.
+
+    Raises:
+        ValueError: the test split has other classes, or an unknown image is of a known one.
+    """
+    available, known = load_splits(name), set(label_names)
+    splits = DatasetDict(test=available["test"])
+    parts = [available["unknown"]] if "unknown" in available else []
+    if unknown:
+        parts.append(load_unknown(unknown))
+    if parts:
+        columns = [rows.select_columns(["image", "label"]) for rows in parts]
+        splits["unknown"] = datasets.concatenate_datasets(columns)
+    if differing := known ^ set(splits["test"]["label"]):
+        raise ValueError(
+            f"{name} and the model must have the same classes; they differ by {sorted(differing)}"
+        )
+    if parts and (both := known & set(splits["unknown"]["label"])):
+        raise ValueError(
+            f"unknown images must be by generators that the model does not know; got {sorted(both)}"
+        )
+    return splits
+
+
 def _read(name: str) -> DatasetDict:
     """The splits that a data set has, with columns `image` (not decoded) and `label` (str)."""
     if (Path(name) / "Closed_Set").is_dir():
@@ -102,9 +127,8 @@ def _read(name: str) -> DatasetDict:
     else:
         splits = _load_dataset(name, name)
         if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
-            splits = _load_dataset(
-                name, "imagefolder", data_dir=name, drop_labels=False
-            )  # folders of one class
+            # folders of one class
+            splits = _load_dataset(name, "imagefolder", data_dir=name, drop_labels=False)
     return DatasetDict(
         {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
     )

@@ -1,1 +1,1 @@
-"""Images looked at: scanning files, what they say of themselves, reasons, figures and reports."""
+"""Images looked at: scanning files, what they say of themselves, reasons, figures, reports, the page."""

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
-from sklearn.metrics import ConfusionMatrixDisplay, roc_curve
+from sklearn.metrics import roc_curve
+
+from ..evaluation.protocol import Evaluation
 
 try:
     from matplotlib.figure import Figure
@@ -32,13 +34,13 @@ class EmbeddingMap:
     which needs umap-learn.
 
     Args:
-        density ([`KnownDensity`]): Of the checkpoint.
+        detector ([`OpenSetDetector`]): Of the checkpoint.
         method (`str`): `"pca"` or `"umap"`.
     """
 
-    def __init__(self, density: Any, method: str = "pca"):
-        known = density.train_["embeddings"].numpy()
-        self.labels, self.members = density.labels, density.train_["labels"].numpy()
+    def __init__(self, detector: Any, method: str = "pca"):
+        known = detector.train_["embeddings"].numpy()
+        self.labels, self.members = detector.labels, detector.train_["labels"].numpy()
         if method == "umap":
             from umap import UMAP
 
@@ -66,11 +68,11 @@ class EmbeddingMap:
         return figure
 
 
-def draw_density(calibration: Any, reason: dict[str, Any]) -> Figure:
+def draw_open_set_score(calibration: Any, reason: dict[str, Any]) -> Figure:
     """Histogram of the calibration images' open-set scores, with the threshold and this image's."""
     scores = np.asarray(calibration)
     low, high = np.quantile(scores, [0.005, 0.995])
-    score = reason["log_density"]
+    score = reason["open_set_score"]
     figure, axes = _axes(5.2, 2.6, xlabel="open-set score", ylabel="known images, held out")
     left, right = min(low, score), max(high, score)
     axes.hist(scores.clip(left, right), bins=50, range=(left, right), color=GREY)
@@ -121,16 +123,18 @@ def draw_roc(curves: dict[str, tuple[Any, Any]]) -> Figure:
     return figure
 
 
-def draw_confusion(report: dict[str, Any]) -> Figure:
-    """Rows are true classes, columns verdicts, with "unknown" as the last."""
-    verdicts = [*report["labels"], "unknown"]
-    counts = np.zeros((len(verdicts), len(verdicts)), int)
-    counts[: len(report["labels"])] = report["confusion"]
-    size = 1.5 + 0.5 * len(verdicts)
-    figure, axes = _axes(size + 0.8, size)
-    display = ConfusionMatrixDisplay(counts, display_labels=verdicts)
-    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=60)
-    axes.set(ylim=(len(report["labels"]) - 0.5, -0.5), xlabel="verdict", ylabel="made by")
+def draw_confusion(labels: list[str], confusion: list[list[int]]) -> Figure:
+    """Rows are true classes, columns verdicts, with "unknown" as the last; shades are shares of a row."""
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = 1.5 + 0.5 * (len(labels) + 1)
+    figure, axes = _axes(size + 0.8, size, xlabel="verdict", ylabel="true class")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels) + 1), [*labels, "unknown"], rotation=60, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, count, ha="center", va="center", color=colour)
     return figure
 
 
@@ -145,22 +149,26 @@ def draw_reliability(rows: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def draw_evaluation(report: dict[str, Any], density: Any) -> dict[str, Figure]:
-    """The figures of a report of [`evaluate_model`], by name: roc, confusion, reliability, embeddings."""
+def draw_evaluation(evaluation: Evaluation, detector: Any) -> dict[str, Figure]:
+    """Figures of an evaluation's main split, by name: roc, confusion, reliability; and embeddings."""
     pairs = {
         "known against unknown": ("known", "unknown"),
         "real against generated": ("real", "generated"),
     }
-    scores = report["scores"]
-    curves = {t: (scores[a], scores[b]) for t, (a, b) in pairs.items() if a in scores and b in scores}
-    drawn = {"roc": draw_roc(curves)} if curves else {}
-    drawn["confusion"] = draw_confusion(report)
-    drawn["reliability"] = draw_reliability(report["reliability"])
-    return drawn | {"embeddings": EmbeddingMap(density).draw()}
+    split = evaluation.main
+    curves = {
+        title: (split.scores[a], split.scores[b])
+        for title, (a, b) in pairs.items()
+        if a in split.scores and b in split.scores
+    }
+    figures = {"roc": draw_roc(curves)} if curves else {}
+    figures["confusion"] = draw_confusion(evaluation.labels, split.confusion)
+    figures["reliability"] = draw_reliability(split.reliability)
+    return figures | {"embeddings": EmbeddingMap(detector).draw()}
 
 
 def draw_robustness(table: list[dict[str, Any]]) -> Figure:
-    """The main figures of each row of [`robustness`] as bars."""
+    """The main metrics of each row of [`measure_robustness`] as bars."""
     names = ("macro_auc", "auroc", "false_unknown_rate", "stability")
     columns = [name for name in names if name in table[0]]
     labels = [row["operator"] + ("" if row["strength"] is None else f" {row['strength']:g}") for row in table]

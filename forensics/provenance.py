@@ -82,22 +82,22 @@ def _shorten(value: Any) -> str:
 def _exif(image: Image.Image) -> dict[str, str]:
     try:
         tags = image.getexif()
-        found = {ExifTags.TAGS.get(tag, str(tag)): value for tag, value in tags.items()}
+        named = {ExifTags.TAGS.get(tag, str(tag)): value for tag, value in tags.items()}
     except Exception as error:  # noqa: BLE001 (Pillow raises many kinds for damaged EXIF)
         return {"damaged": _shorten(f"{type(error).__name__}: {error}")}
-    return {tag: _shorten(found[tag]) for tag in EXIF_TAGS if tag in found}
+    return {tag: _shorten(named[tag]) for tag in EXIF_TAGS if tag in named}
 
 
 def _xmp(image: Image.Image) -> dict[str, str]:
     """By pattern: an XML parser would follow what a hostile packet declares."""
     packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
     text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
-    found = {}
+    tags = {}
     for tag in XMP_TAGS:
         match = re.search(rf"\b{tag}(?:=\"([^\"<]{{1,2000}})\"|>([^<]{{1,2000}})<)", text[:1_000_000])
         if match:
-            found[tag] = _shorten(match[1] or match[2])
-    return found
+            tags[tag] = _shorten(match[1] or match[2])
+    return tags
 
 
 def _text(image: Image.Image) -> dict[str, str]:
@@ -116,24 +116,28 @@ def _c2pa(content: bytes, mime_type: str) -> dict[str, Any] | None:
         return {"note": "there is a manifest; install protoleak[provenance] to read it"}
     try:
         with c2pa.Reader(mime_type, io.BytesIO(content)) as reader:
-            store = json.loads(reader.json())
-        manifest = store["manifests"][store["active_manifest"]]
-        actions = [
-            action.get("digitalSourceType", action["action"]).rsplit("/", 1)[-1]
-            for assertion in manifest.get("assertions", [])
-            if assertion["label"].startswith("c2pa.actions")
-            for action in assertion["data"]["actions"]
-        ]
-        makers = manifest.get("claim_generator_info") or [{}]
-        return {
-            "claim_generator": _shorten(manifest.get("claim_generator") or makers[0].get("name", "unnamed")),
-            "title": _shorten(manifest.get("title", "")),
-            "issuer": _shorten((manifest.get("signature_info") or {}).get("issuer", "nobody")),
-            "actions": [_shorten(action) for action in actions][:20],
-            "state": _shorten(store.get("validation_state", "not validated")),
-        }
+            return _manifest(json.loads(reader.json()))
     except Exception as error:  # noqa: BLE001 (a damaged or hostile manifest may break the reader anywhere)
         return {"note": _shorten(f"there is a manifest, but it can't be read: {error}")}
+
+
+def _manifest(store: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest store's active manifest says."""
+    manifest = store["manifests"][store["active_manifest"]]
+    actions = [
+        action.get("digitalSourceType", action["action"]).rsplit("/", 1)[-1]
+        for assertion in manifest.get("assertions", [])
+        if assertion["label"].startswith("c2pa.actions")
+        for action in assertion["data"]["actions"]
+    ]
+    generators = manifest.get("claim_generator_info") or [{}]
+    return {
+        "claim_generator": _shorten(manifest.get("claim_generator") or generators[0].get("name", "unnamed")),
+        "title": _shorten(manifest.get("title", "")),
+        "issuer": _shorten((manifest.get("signature_info") or {}).get("issuer", "nobody")),
+        "actions": [_shorten(action) for action in actions][:20],
+        "state": _shorten(store.get("validation_state", "not validated")),
+    }
 
 
 __all__ = ["read_provenance", "summarise_provenance"]

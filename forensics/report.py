@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from transformers import Pipeline
 
-from ..evaluation.protocol import TITLES
+from ..evaluation.report import TITLES
 from ..files_protoleak import write_whole
 from ..image_processing_protoleak import open_image
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
-from .figures import EmbeddingMap, draw_contributions, draw_density, draw_timesteps
+from .figures import EmbeddingMap, draw_contributions, draw_open_set_score, draw_timesteps
 from .provenance import summarise_provenance
 from .scan import Attributor, checkpoint_file
 
@@ -44,8 +44,8 @@ class Examiner:
         self.pipeline: Pipeline = ImageAttributionPipeline(
             model=self.network, image_processor=self.attributor.processor
         )
-        self.metrics = _metrics(model, revision)
-        self.map = EmbeddingMap(self.network.density) if self.network.density is not None else None
+        self.measured = _measured(model, revision)
+        self.map = EmbeddingMap(self.network.detector) if self.network.detector is not None else None
 
     def examine(self, file: str | os.PathLike) -> dict[str, Any]:
         """
@@ -63,8 +63,7 @@ class Examiner:
         when it was asked for.
         """
         config = self.network.config
-        figures = (self.metrics or {}).get("figures", {})
-        density = self.network.density
+        detector = self.network.detector
         return {
             "model": self.attributor.name,
             "revision": self.attributor.revision,
@@ -74,23 +73,29 @@ class Examiner:
             "noise_seed": config.noise_seed,
             "timesteps": config.timesteps,
             "alpha": config.alpha,
-            "threshold": density.threshold(config.alpha) if density is not None else None,
-            "scorer": config.scorer,
+            "threshold": detector.threshold(config.alpha) if detector is not None else None,
             "open_set_score": config.open_set_title,
             "classes": config.label_names,
-            "error_rates": [
-                {"name": TITLES[name], "value": figures[name], "interval": self.metrics["intervals"][name]}
-                for name in TITLES
-                if name in figures
-            ],
-            "measured_on": (self.metrics or {}).get("dataset"),
-            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "error_rates": _error_rates(self.measured),
+            "measured_on": self.measured.get("dataset"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
 
-def _metrics(model: str, revision: str | None) -> dict[str, Any] | None:
+def _measured(model: str, revision: str | None) -> dict[str, Any]:
+    """The checkpoint's metrics.json, empty where there is none."""
     path = checkpoint_file(model, "metrics.json", revision=revision or "main")
-    return json.loads(path.read_text(encoding="utf-8")) if path else None
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _error_rates(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of the main test split, with its title and interval."""
+    main = next(iter(measured.get("splits", {}).values()), {"metrics": {}})
+    return [
+        {"name": title, "value": main["metrics"][name], "interval": main["intervals"][name]}
+        for name, title in TITLES.items()
+        if name in main["metrics"]
+    ]
 
 
 def verdict_in_words(record: dict[str, Any]) -> str:
@@ -108,9 +113,9 @@ def verdict_in_words(record: dict[str, Any]) -> str:
             f"Ambiguous: {_listed(names)}. The image fits each of these known classes, and the model can't "
             "rule out any of them at its level; the first is the likeliest."
         )
-    made = "a camera (class real)" if names[0] == "real" else names[0]
+    origin = "a camera (class real)" if names[0] == "real" else names[0]
     return (
-        f"Known: {made}. Of the classes that the model knows, this one alone fits. A generator that it "
+        f"Known: {origin}. Of the classes that the model knows, this one alone fits. A generator that it "
         "doesn't know may leave the same traces."
     )
 
@@ -119,41 +124,54 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + f" or {names[-1]}"
 
 
+def explanation_lines(record: dict[str, Any]) -> list[str]:
+    """Verdict, reasons and the file's claims, for a terminal."""
+    lines = [f"  {verdict_in_words(record)}"]
+    if not record["error"]:
+        lines += [f"  - {reason}" for reason in reasons_in_words(record)]
+        lines += [f"  - the file's claim: {claim}" for claim in summarise_provenance(record["provenance"])]
+    return lines
+
+
 def reasons_in_words(record: dict[str, Any]) -> list[str]:
     """The explanation of a record as sentences."""
     reason = record["explanation"]
-    lines = []
-    for row in reason["prototypes"]:
-        of = "".join(
-            f", near training images of {', '.join(_counted(row['examples']))}" for _ in row["examples"][:1]
-        )
-        lines.append(f"prototype {row['prototype']} of {row['label']} at distance {row['distance']:.2f}{of}")
-    if contributions := reason["contributions"]:
-        values = contributions["dimensions"]
-        strongest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:3]
-        told = ", ".join(f"dimension {i} {values[i]:+.2f}" for i in strongest)
-        lines.append(
-            f"{contributions['first']} over {contributions['second']} by {contributions['difference']:.2f} "
-            f"logits: {told}, the other dimensions "
-            f"{sum(values) - sum(values[i] for i in strongest):+.2f}, sharing {contributions['sharing']:+.2f}"
-        )
+    lines = [_prototype_in_words(row) for row in reason["prototypes"]]
+    if reason["contributions"]:
+        lines.append(_contributions_in_words(reason["contributions"]))
     steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
     lines.append(f"attention over timesteps: {steps}")
-    if density := reason["density"]:
+    if place := reason["open_set"]:
         lines.append(
-            f"open-set score {density['log_density']:.2f}, higher than that of {density['rank']:.1%} of "
-            f"{density['count']} known images that calibrate it; "
-            f"below {density['threshold']:.2f} it would be unknown"
+            f"open-set score {place['open_set_score']:.2f}, higher than that of {place['rank']:.1%} of "
+            f"{place['count']} known images that calibrate it; "
+            f"below {place['threshold']:.2f} it would be unknown"
         )
-    stability = reason["stability"]
-    changed = [
-        f"{v['treatment']}: {v['label']}" for v in stability["verdicts"] if v["label"] != record["label"]
-    ]
-    lines.append(
-        f"verdict kept after {stability['agreeing']} of {stability['count']} re-encodings"
-        + (f" ({'; '.join(changed)})" if changed else "")
-    )
+    lines.append(_stability_in_words(reason["stability"], record["label"]))
     return lines
+
+
+def _prototype_in_words(row: dict[str, Any]) -> str:
+    line = f"prototype {row['prototype']} of {row['label']} at distance {row['distance']:.2f}"
+    examples = ", ".join(_counted(row["examples"]))
+    return f"{line}, near training images of {examples}" if examples else line
+
+
+def _contributions_in_words(contributions: dict[str, Any]) -> str:
+    values = contributions["dimensions"]
+    strongest = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:3]
+    others = sum(values) - sum(values[i] for i in strongest)
+    return (
+        f"{contributions['first']} over {contributions['second']} by {contributions['difference']:.2f} "
+        f"logits: {', '.join(f'dimension {i} {values[i]:+.2f}' for i in strongest)}, the other dimensions "
+        f"{others:+.2f}, sharing {contributions['sharing']:+.2f}"
+    )
+
+
+def _stability_in_words(stability: dict[str, Any], label: str) -> str:
+    line = f"verdict kept after {stability['agreeing']} of {stability['count']} re-encodings"
+    changed = [f"{v['treatment']}: {v['label']}" for v in stability["verdicts"] if v["label"] != label]
+    return f"{line} ({'; '.join(changed)})" if changed else line
 
 
 def _counted(examples: list[dict[str, Any]]) -> list[str]:
@@ -185,21 +203,24 @@ def render(examiner: Examiner, records: list[dict[str, Any]]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True)
     )
-    cases = [
-        {
-            "record": record,
-            "name": Path(record["file"]).name,
-            "verdict": verdict_in_words(record),
-            "kind": _kind(record),
-            "claims": summarise_provenance(record["provenance"]) if record["provenance"] else [],
-            "preview": None if record["error"] else _preview(record["file"]),
-            "reasons": [] if record["error"] else reasons_in_words(record),
-            "drawings": [] if record["error"] else _drawings(examiner, record),
-            "prototypes": [] if record["error"] else _pictured(examiner, record),
-        }
-        for record in records
-    ]
+    cases = [_case(examiner, record) for record in records]
     return environment.get_template(TEMPLATE).render(cases=cases, about=examiner.about())
+
+
+def _case(examiner: Examiner, record: dict[str, Any]) -> dict[str, Any]:
+    """What the template shows of a record."""
+    failed = record["error"] is not None
+    return {
+        "record": record,
+        "name": Path(record["file"]).name,
+        "verdict": verdict_in_words(record),
+        "kind": _kind(record),
+        "claims": summarise_provenance(record["provenance"]) if record["provenance"] else [],
+        "preview": None if failed else _preview(record["file"]),
+        "reasons": [] if failed else reasons_in_words(record),
+        "drawings": [] if failed else _drawings(examiner, record),
+        "prototypes": [] if failed else _pictured(examiner, record),
+    }
 
 
 def _kind(record: dict[str, Any]) -> str:
@@ -219,40 +240,39 @@ def _preview(file: str) -> str:
 
 
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
-    kept = examiner.network.density.thumbnails_ if examiner.network.density is not None else {}
-    return [
-        row
-        | {
-            "pictures": [
-                {"label": e["label"], "uri": _data_uri(kept[e["index"]], "image/jpeg")}
-                for e in row["examples"]
-                if e["index"] in kept
-            ]
-        }
-        for row in record["explanation"]["prototypes"]
-    ]
+    """The nearest prototypes, with thumbnails of the training images near them as `pictures`."""
+    detector = examiner.network.detector
+    thumbnails = detector.thumbnails_ if detector is not None else {}
+
+    def pictures(row: dict[str, Any]) -> list[dict[str, str]]:
+        shown = [example for example in row["examples"] if example["index"] in thumbnails]
+        return [
+            {"label": example["label"], "uri": _data_uri(thumbnails[example["index"]], "image/jpeg")}
+            for example in shown
+        ]
+
+    return [row | {"pictures": pictures(row)} for row in record["explanation"]["prototypes"]]
 
 
 def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]]:
-    reason = record["explanation"]
-    made = {}
+    """Title and SVG of each drawing of a record's reasons."""
+    reason, detector, figures = record["explanation"], examiner.network.detector, {}
     if reason["contributions"]:
-        made["What speaks for the first class against the second"] = draw_contributions(
-            reason["contributions"]
-        )
-    made["Attention over timesteps"] = draw_timesteps(reason["timesteps"])
-    density = examiner.network.density
-    if density is not None:
-        made["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
+        title = "What speaks for the first class against the second"
+        figures[title] = draw_contributions(reason["contributions"])
+    figures["Attention over timesteps"] = draw_timesteps(reason["timesteps"])
+    if detector is not None:
+        figures["Where the image lies among the known classes"] = examiner.map.draw(reason["embedding"])
         likeliest = examiner.network.config.label2id[record["attributions"][0]["label"]]
-        calibration = density.calibration_of(likeliest)  # what the threshold in the reason is of
-        made["How usual it is among known images"] = draw_density(calibration, reason["density"])
-    drawings = []
-    for title, figure in made.items():
-        content = io.BytesIO()
-        figure.savefig(content, format="svg", metadata={"Date": None})
-        drawings.append({"title": title, "uri": _data_uri(content.getvalue(), "image/svg+xml")})
-    return drawings
+        calibration = detector.calibration_of(likeliest)  # what the threshold in the reason is of
+        figures["How usual it is among known images"] = draw_open_set_score(calibration, reason["open_set"])
+    return [{"title": title, "uri": _svg(figure)} for title, figure in figures.items()]
+
+
+def _svg(figure) -> str:
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return _data_uri(content.getvalue(), "image/svg+xml")
 
 
 def _data_uri(content: bytes, mime_type: str) -> str:

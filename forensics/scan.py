@@ -141,14 +141,14 @@ class Attributor:
         read = prefetched(partial(self.read, done=done), files, workers, ahead=2 * batch_size)
         while batch := list(islice(read, batch_size)):
             pixels = [values for _, values in batch if values is not None]
-            made: Iterator[dict[str, Any]] = iter(())
+            verdicts: Iterator[dict[str, Any]] = iter(())
             if pixels:
                 output = self.network(torch.from_numpy(np.stack(pixels)).to(self.network.device))
-                made = iter(records_of(output, self.network.config))
+                verdicts = iter(records_of(output, self.network.config))
             for row, values in batch:
                 if values is None and row["error"] is None:
                     continue
-                yield (dict.fromkeys(RECORD_FIELDS) if values is None else next(made)) | row
+                yield (dict.fromkeys(RECORD_FIELDS) if values is None else next(verdicts)) | row
 
 
 def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
@@ -207,7 +207,7 @@ def scan(
         quiet (`bool`): No progress bar.
 
     Returns:
-        `found`, `done` before, `written` and `failed`, over all processes.
+        `files`, how many of them were `done` before, `written` and `failed`, over all processes.
 
     Raises:
         FileExistsError: `output` exists and `resume` is false.
@@ -221,12 +221,12 @@ def scan(
     done = _done(target) if target and resume else set()
     mine = _share(paths, state.process_index, state.num_processes)
     own = target if target is None or state.num_processes == 1 else _part(target, state.process_index)
-    counts = {"found": 0, "done": 0, "written": 0, "failed": 0}
+    counts = {"files": 0, "done": 0, "written": 0, "failed": 0}
     hidden = quiet or not state.is_main_process or not os.isatty(2)
 
     def files() -> "Iterator[Path | Row]":
         for file in tqdm(mine, unit="image", disable=hidden):
-            counts["found"] += 1
+            counts["files"] += 1
             yield file
 
     stream = own.open("a", encoding="utf-8") if own else None
@@ -241,7 +241,7 @@ def scan(
     finally:
         if stream:
             stream.close()
-    counts["done"] = counts["found"] - counts["written"]
+    counts["done"] = counts["files"] - counts["written"]
     state.wait_for_everyone()
     if state.num_processes > 1:
         counts = _sum_over_processes(counts, state)

@@ -1,6 +1,9 @@
-"""Tiny models of the real architectures, with random weights."""
+"""Tiny models of the real architectures, with random weights or trained once for all tests."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.forensics.scan import Attributor
+from protoleak.train import train
+from protoleak.training.arguments import TrainingArguments
 
 LABELS = ["real", "a", "b"]
 
@@ -48,7 +53,7 @@ def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
     return model
 
 
-def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
+def fit_random_detector(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     size, num_labels = model.config.embedding_size, model.config.num_labels
     channels = model.config.latent_channels
@@ -60,7 +65,7 @@ def fit_random_density(model: ProtoLeakForImageAttribution, seed: int = 0) -> No
         gates, statistics = rng.uniform(size=(count, size)), rng.normal(size=(count, num_statistics))
         return {"embeddings": embeddings, "gates": gates, "statistics": statistics, "labels": labels}
 
-    model.fit_density(draw(60), draw(40))
+    model.fit_detector(draw(60), draw(40))
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def model() -> ProtoLeakForImageAttribution:
 @pytest.fixture
 def fitted_model() -> ProtoLeakForImageAttribution:
     model = tiny_model()
-    fit_random_density(model)
+    fit_random_detector(model)
     return model
 
 
@@ -89,7 +94,7 @@ def photo() -> Image.Image:
 
 @pytest.fixture
 def checkpoint(fitted_model, processor, tmp_path) -> Path:
-    """The folder of a checkpoint with a density."""
+    """The folder of a checkpoint with a detector."""
     fitted_model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
@@ -98,3 +103,98 @@ def checkpoint(fitted_model, processor, tmp_path) -> Path:
 @pytest.fixture
 def attributor(checkpoint) -> Attributor:
     return Attributor(str(checkpoint))
+
+
+@pytest.fixture
+def blobs():
+    """300 samples of 3 classes at D = 128, and 50 queries."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    centres = rng.normal(size=(3, 128))
+    return centres[labels] + rng.normal(size=(300, 128)), labels, rng.normal(size=(50, 128)) * 1.5
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def draw(generator: str, rng: np.random.Generator) -> Image.Image:
+    """Noise whose tint and grain tell the generator."""
+    noise = rng.normal(128, 30, (40, 40, 3))
+    if generator == "a":
+        noise = noise.repeat(8, axis=0)[:40] + (70, 0, -70)
+    if generator == "b":
+        noise = noise.repeat(8, axis=1)[:, :40] - (70, 0, -70)
+    if generator == "c":
+        noise = noise.mean(axis=(0, 1), keepdims=True) + np.zeros((40, 40, 3))
+    return Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+
+
+def draw_folder(target: Path) -> Path:
+    """An imagefolder with splits and an unknown generator, 104 images."""
+    rng = np.random.default_rng(0)
+    sizes = {"train": 16, "validation": 8, "test": 8, "unknown": 8}
+    for split, size in sizes.items():
+        for generator in ("c",) if split == "unknown" else ("real", "a", "b"):
+            (target / split / generator).mkdir(parents=True)
+            for i in range(size):
+                draw(generator, rng).save(target / split / generator / f"{i}.png")
+    return target
+
+
+def save_recipe(target: Path) -> Path:
+    """Where a new model's config, processor and VAE come from."""
+    tiny_config(pooling="statistics").save_pretrained(target)
+    ProtoLeakImageProcessor(crop_size=32).save_pretrained(target)
+    tiny_vae().save_pretrained(target / "vae")
+    return target
+
+
+def arguments(tmp_path: Path, folder: Path, recipe: Path, **changes: Any) -> TrainingArguments:
+    """Of a run of a few seconds, which writes tmp_path/run."""
+    values = {"dataset_name": [str(folder)], "config_name": str(recipe), "output_dir": str(tmp_path / "run")}
+    values |= {"augmented_views": 2, "bootstrap_resamples": 20}
+    return TrainingArguments(
+        **values | {"num_train_epochs": 20, "batch_size": 8, "learning_rate": 1e-2} | changes
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    """The cache of `datasets`, and of latents, of all tests and of the processes that they start."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder))
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return draw_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return save_recipe(tmp_path / "recipe")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint that training made, the data set and the recipe that it was made from, and its summary."""
+
+    checkpoint: Path
+    folder: Path
+    recipe: Path
+    summary: dict[str, Any]
+
+    def copy_checkpoint(self, target: Path) -> Path:
+        """For a test that changes it."""
+        return Path(shutil.copytree(self.checkpoint, target))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cache) -> TrainedRun:
+    """Trained once; nothing may be changed in its folders."""
+    place = tmp_path_factory.mktemp("trained")
+    folder, recipe = draw_folder(place / "data"), save_recipe(place / "recipe")
+    return TrainedRun(place / "run", folder, recipe, train(arguments(place, folder, recipe)))

@@ -27,7 +27,7 @@ HUB_ID = "org/protoleak"
 
 
 def scores_by_loader(source: str, image: str) -> dict[str, dict[str, float]]:
-    """Class probabilities (and the log density, where a loader gives it) of one image by every loader."""
+    """Class probabilities (and the open-set score, where a loader gives it) of one image by every loader."""
     import protoleak
     import torch
     from diffusers import DiffusionPipeline
@@ -38,11 +38,13 @@ def scores_by_loader(source: str, image: str) -> dict[str, dict[str, float]]:
     def of_output(model, output) -> dict[str, float]:
         probabilities = output.logits[0].double().softmax(dim=0).tolist()
         names = [model.config.id2label[k] for k in range(len(probabilities))]
-        return dict(zip(names, probabilities, strict=True)) | {"log_density": float(output.log_density[0])}
+        return dict(zip(names, probabilities, strict=True)) | {
+            "open_set_score": float(output.open_set_score[0])
+        }
 
     def of_record(record) -> dict[str, float]:
         return {a["label"]: a["score"] for a in record["attributions"]} | {
-            "log_density": record["log_density"]
+            "open_set_score": record["open_set_score"]
         }
 
     found = {}
@@ -54,9 +56,9 @@ def scores_by_loader(source: str, image: str) -> dict[str, dict[str, float]]:
         processor = AutoImageProcessor.from_pretrained(source, **trust)
         found["AutoModelForImageClassification"] = of_output(auto, auto(**processor(image)))
         base = AutoModel.from_pretrained(source, **trust)(**processor(image))
-        prototype_scores = model.head(base.embeddings, base.gates)
-        output = SimpleNamespace(**model._verdict(base, prototype_scores))
-        found["AutoModel"] = of_output(model, output)
+        logits = model.head(base.embeddings, base.gates) / model.detector.temperature_
+        verdict = model.detector.verdict({**base, "logits": logits})
+        found["AutoModel"] = of_output(model, SimpleNamespace(**verdict, logits=logits))
     found["image-attribution"] = of_record(pipeline("image-attribution", model=source, **trust)(image))
     records = pipeline("image-classification", model=source, **trust)(image, top_k=1000)
     found["image-classification"] = {record["label"]: record["score"] for record in records}

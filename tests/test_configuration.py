@@ -25,10 +25,10 @@ from .conftest import tiny_config
         ("beta_end", 1.0),
         ("beta_schedule", "cubic"),
         ("pooling", "max"),
-        ("scorer", "svm"),
         ("open_set_scores", {}),
         ("open_set_scores", {"pixels": "kde"}),
         ("open_set_scores", {"embeddings": "svm"}),
+        ("open_set_scores", {"embeddings": "knn"}),
         ("noise_seed", -1),
     ],
 )

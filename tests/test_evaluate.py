@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from huggingface_hub import RepoCard
 from protoleak.evaluate_protoleak.app import EXAMPLE, compute, make_page
-from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_classification_rate, open_set_figures
+from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_classification_rate, open_set_metrics
 from sklearn.metrics import roc_auc_score
 
 from . import ROOT
@@ -47,9 +47,9 @@ def test_both_configurations_agree_and_batches_can_be_added(metric, scores):
         assert value == pytest.approx(plain[name]), name
 
 
-def test_open_set_figures_by_counting():
+def test_open_set_metrics_by_counting():
     known, unknown = np.array([3.0, 2.0, 1.0, 4.0]), np.array([0.5, 2.5, 0.0, 0.2])
-    result = open_set_figures(known, unknown)
+    result = open_set_metrics(known, unknown)
     pairs = [(k > u) + 0.5 * (k == u) for k in known for u in unknown]
     assert result["auroc"] == pytest.approx(np.mean(pairs))
     assert result["fpr95"] == 0.25  # all four known are above 1.0, and of the unknown only 2.5 is

@@ -1,26 +1,26 @@
-"""`protoleak evaluate` and `protoleak robustness`, and the figures that they print."""
+"""`protoleak evaluate` and `protoleak robustness`, and the metrics that they print."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from protoleak.cli import main
-from protoleak.density_protoleak import OPEN_SET_SCORES
+from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import (
-    TITLES,
-    Predictions,
+    Evaluation,
+    compute_metrics,
+    evaluate_predictions,
     expected_calibration_error,
-    figures,
-    format_bias,
     reliability,
 )
+from protoleak.evaluation.report import TITLES, format_report
+from protoleak.evaluation.shortcuts import format_bias, tells_classes
 from protoleak.evaluation.splits import load_splits, load_unknown
-from protoleak.train import train
+from protoleak.scores_protoleak import OPEN_SET_SCORES
 
-from .test_train import _cache_in_tmp_path, arguments, draw, folder, recipe  # noqa: F401 (fixtures)
+from .conftest import draw
 
 NAMES = ["real", "a"]
 
@@ -33,20 +33,43 @@ def predictions(probability_of_a, labels, p_values=None, class_p_values=None) ->
     )  # fmt: skip
 
 
-def test_verdict_figures_by_counting():
+def test_verdict_metrics_by_counting():
     test = predictions(
         [0.1, 0.6, 0.9, 0.8], [0, 0, 1, 1], p_values=[0.5, 0.05, 0.3, 0.2],
         class_p_values=[[0.5, 0.01], [0.04, 0.5], [0.06, 0.5], [0.01, 0.02]],
     )  # fmt: skip
     unknown = predictions([0.5, 0.5], [-1, -1], [0.01, 0.9], [[0.1, 0.1]] * 2)
-    result = figures(test, unknown, NAMES, alpha=0.05)
+    result = compute_metrics(test, unknown, NAMES, alpha=0.05)
     assert result["false_unknown_rate"] == 0.25
     assert result["unknown_rejected"] == 0.5
     assert result["set_coverage"] == 0.75  # of the second image, the right class has p 0.04
     assert result["ambiguous_rate"] == 0.25  # the third: both above 0.05
     assert result["brier"] == pytest.approx(2 * (0.1**2 + 0.6**2 + 0.1**2 + 0.2**2) / 4)
     assert result["real_auroc"] == 1.0
-    assert set(result) - {"per_class_auc"} == set(TITLES), "every figure has a title"
+    assert set(result) - {"per_class_auc"} == set(TITLES), "every metric has a title"
+
+
+def test_an_evaluation_has_its_test_splits_by_name():
+    """A baseline without verdicts can be evaluated too, and a report tells every split."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for name, gain in (("same_sources", 4), ("other_sources", 1)):
+        labels = np.arange(60) % 2
+        probabilities = 1 / (1 + np.exp(-(gain * (labels - 0.5) + rng.normal(size=60))))
+        test = Predictions(np.zeros((60, 1)), np.stack([1 - probabilities, probabilities], 1), labels)
+        splits[name] = evaluate_predictions(test, None, NAMES)
+    evaluation = Evaluation(NAMES, 0.05, "kde of embeddings", splits)
+    assert evaluation.metrics == splits["same_sources"].metrics
+    assert evaluation.metrics["macro_auc"] > splits["other_sources"].metrics["macro_auc"]
+    assert [sum(row) for row in splits["other_sources"].confusion] == [30, 30]
+    assert [row[-1] for row in splits["other_sources"].confusion] == [0, 0]  # nothing is called unknown
+    values = json.loads(json.dumps(evaluation.to_dict() | {"dataset": "zoo"}))
+    assert Evaluation.from_dict(values) == evaluation
+    assert "per_unknown" not in values["splits"]["same_sources"]
+    report = format_report(evaluation)
+    for name, split in splits.items():
+        assert f"### {name}" in report
+        assert f"| {split.metrics['macro_auc']:.4f} |" in report
 
 
 def test_calibration_error_by_counting():
@@ -60,32 +83,36 @@ def test_calibration_error_by_counting():
     assert expected_calibration_error(honest, drawn) < 0.02
 
 
-def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe))
+def test_evaluate_and_robustness(trained, tmp_path, capsys):
     more = tmp_path / "more"
     more.mkdir()
     draw("c", np.random.default_rng(3)).save(more / "0.png")
-    options = ["--model", str(tmp_path / "run"), "--dataset", str(folder)]
+    options = ["--model", str(trained.checkpoint), "--dataset", str(trained.folder)]
     assert main(["evaluate", *options, "--unknown", str(more), "--output_dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr()
     assert "warning" not in printed.err
-    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    values = json.loads((tmp_path / "out/evaluation.json").read_text())
+    evaluation = Evaluation.from_dict(values)
+    assert evaluation.to_dict() == {
+        name: value for name, value in values.items() if name not in ("model", "dataset", "normalised_format")
+    }
+    split = evaluation.splits["test"]
     assert (tmp_path / "out/evaluation.md").read_text().strip() in printed.out
-    assert (report["num_test"], report["num_unknown"]) == (24, 9)
-    assert set(report["per_unknown"]) == {"c", "unknown"}
-    assert report["per_unknown"]["unknown"]["likeliest"] in report["labels"]
-    assert report["per_unknown"]["unknown"]["likeliest_share"] == 1  # one image
+    assert (split.num_test, split.num_unknown) == (24, 9)
+    assert set(split.per_unknown) == {"c", "unknown"}
+    assert split.per_unknown["unknown"]["likeliest"] in evaluation.labels
+    assert split.per_unknown["unknown"]["likeliest_share"] == 1  # one image
     expected = {
         f"{name} of {features}" for name in OPEN_SET_SCORES for features in ("embeddings", "statistics")
     }
-    assert set(report["open_set_scores"]) == expected | {"max_softmax", "energy", "prototype_distance"}
-    assert report["open_set_scores"]["kde of embeddings"]["auroc"] == report["figures"]["auroc"]
-    trained = json.loads((tmp_path / "run/metrics.json").read_text())["figures"]
-    assert report["figures"]["macro_auc"] == pytest.approx(trained["macro_auc"], abs=1e-6)
-    assert np.sum(report["confusion"]) == 24
-    assert report["noise"]["macro_auc"][0] == report["figures"]["macro_auc"]
-    assert any(len(set(v)) > 1 for v in report["noise"].values()), report["noise"]
-    assert report["shuffled_macro_auc"] == pytest.approx(0.5, abs=0.1)
+    assert set(split.open_set_scores) == expected
+    assert split.open_set_scores["kde of embeddings"]["auroc"] == evaluation.metrics["auroc"]
+    of_training = Evaluation.from_dict(trained.summary).metrics
+    assert evaluation.metrics["macro_auc"] == pytest.approx(of_training["macro_auc"], abs=1e-6)
+    assert np.sum(split.confusion) == 24
+    assert split.noise["macro_auc"][0] == evaluation.metrics["macro_auc"]
+    assert any(len(set(v)) > 1 for v in split.noise.values()), split.noise
+    assert split.shuffled_macro_auc == pytest.approx(0.5, abs=0.1)
     for title in TITLES.values():
         assert title in printed.out
 
@@ -101,9 +128,8 @@ def test_evaluate_and_robustness(tmp_path, folder, recipe, capsys):  # noqa: F81
     assert "| gaussian_blur | 1 |" in capsys.readouterr().out
 
 
-def test_what_cannot_be_evaluated_is_named(tmp_path, folder, recipe, capsys):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
-    options = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder)]
+def test_what_cannot_be_evaluated_is_named(trained, folder, capsys):
+    options = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(folder)]
     assert main([*options, "--unknown", str(folder / "test")]) == 2
     assert "does not know" in capsys.readouterr().err
     for split in ("train", "validation", "test"):
@@ -122,6 +148,7 @@ def test_formats_that_give_the_class_away_are_noticed(tmp_path):
                 suffix = "jpg" if kind == "differ" and generator == "real" else "png"
                 draw("real", rng).save(target / f"{i}.{suffix}")
     same, differ = (format_bias(load_splits(str(tmp_path / kind))["train"]) for kind in ("same", "differ"))
+    assert (tells_classes(same), tells_classes(differ)) == (False, True)
     assert same["p_value"] > 0.05
     assert same["balanced_accuracy"] == same["chance"] == 0.5
     assert differ["p_value"] < 1e-4
@@ -129,25 +156,28 @@ def test_formats_that_give_the_class_away_are_noticed(tmp_path):
     assert differ["values"]["format"] == 2
 
 
-def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):  # noqa: F811
+def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):
     assert set(load_unknown(str(folder / "unknown/c"))["label"]) == {"unknown"}
     assert set(load_unknown(str(folder / "unknown"))["label"]) == {"c"}
     assert len(load_unknown(str(folder / "unknown"))) == 8
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path, folder, recipe):  # noqa: F811
-    train(arguments(tmp_path, folder, recipe, num_train_epochs=1))
-    command = ["evaluate", "--model", str(tmp_path / "run"), "--dataset", str(folder), "--noise_seeds", "1"]
+def test_two_processes_evaluate_as_one_does(trained, tmp_path):
+    command = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(trained.folder)]
+    command += ["--noise_seeds", "1"]
     assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     run = subprocess.run(
         [*launch, "-m", "protoleak.cli", *command, "--output_dir", str(tmp_path / "two")],
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    one, two = (json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two"))
+    one, two = (
+        Evaluation.from_dict(json.loads((tmp_path / run / "evaluation.json").read_text())).main
+        for run in ("one", "two")
+    )
     assert run.stdout.count("24 test images of known classes") == 1  # by the main process alone
-    assert two["confusion"] == one["confusion"]
-    for name, value in one["figures"].items():
-        assert two["figures"][name] == pytest.approx(value, abs=1e-6), name
+    assert two.confusion == one.confusion
+    for name, value in one.metrics.items():
+        assert two.metrics[name] == pytest.approx(value, abs=1e-6), name

@@ -35,7 +35,7 @@ def image(photo, tmp_path):
 
 @pytest.mark.parametrize("views", [(), (3,)])
 def test_contributions_add_up_to_the_difference_of_the_logits(fitted_model, views):
-    fitted_model.density.temperatures_["prototype"] = 1.7
+    fitted_model.detector.temperature_ = 1.7
     pixel_values = torch.rand(5, *views, 3, 32, 32) * 2 - 1
     output = fitted_model(pixel_values)
     for reason, logits in zip(fitted_model.explain(output), output.logits, strict=True):
@@ -58,7 +58,7 @@ def test_a_dimension_that_does_not_count_contributes_nothing(fitted_model):
 
 def test_nearest_prototypes_and_their_examples_are_the_nearest(fitted_model):
     output = fitted_model(torch.rand(1, 3, 32, 32))
-    head, known = fitted_model.head, fitted_model.density.train_
+    head, known = fitted_model.head, fitted_model.detector.train_
     distances = head.distances(output.embeddings, output.gates)[0]
     told = fitted_model.explain(output, num_prototypes=4)[0]["prototypes"]
     assert [row["distance"] for row in told] == distances.flatten().sort().values[:4].tolist()
@@ -68,23 +68,18 @@ def test_nearest_prototypes_and_their_examples_are_the_nearest(fitted_model):
     assert [row["index"] for row in told[0]["examples"]] == by_image.argsort()[:3].tolist()
 
 
-def test_the_place_in_the_density_is_that_of_the_verdict(fitted_model):
+def test_the_place_among_the_known_is_that_of_the_verdict(fitted_model):
     output = fitted_model(torch.rand(40, 3, 32, 32) * 2 - 1)
-    calibration = output.log_density.sort().values[5:].clone()
-    fitted_model.density.calibration_ = calibration
+    calibration = output.open_set_score.sort().values[5:].clone()
+    fitted_model.detector.calibration_ = calibration
     output = fitted_model(torch.rand(40, 3, 32, 32) * 2 - 1)
     for alpha in (0.01, 0.05, 0.2, 0.99):
-        threshold = fitted_model.density.threshold(alpha)
-        p_values = fitted_model.density.p_value(output.log_density.numpy())
-        np.testing.assert_array_equal(output.log_density.numpy() < threshold, p_values <= alpha)
-    assert fitted_model.density.threshold(0.01) == -math.inf
-    place = fitted_model.explain(output)[0]["density"]
-    assert place["rank"] == pytest.approx(float((calibration < output.log_density[0]).double().mean()))
-
-
-def test_other_scorers_have_no_contributions(fitted_model):
-    fitted_model.config.scorer = "llr"
-    assert fitted_model.explain(fitted_model(torch.rand(1, 3, 32, 32)))[0]["contributions"] is None
+        threshold = fitted_model.detector.threshold(alpha)
+        p_values = fitted_model.detector.p_value(output.open_set_score.numpy())
+        np.testing.assert_array_equal(output.open_set_score.numpy() < threshold, p_values <= alpha)
+    assert fitted_model.detector.threshold(0.01) == -math.inf
+    place = fitted_model.explain(output)[0]["open_set"]
+    assert place["rank"] == pytest.approx(float((calibration < output.open_set_score[0]).double().mean()))
 
 
 def test_the_pipeline_explains_and_counts_agreement(fitted_model, processor, photo):
@@ -103,10 +98,10 @@ def test_thumbnails_are_kept_with_the_checkpoint_within_their_room(fitted_model,
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
     size = len(thumbnail(picture))
     fitted_model.keep_thumbnails(lambda i: picture, max_bytes=3 * size)
-    assert len(fitted_model.density.thumbnails_) == 3
+    assert len(fitted_model.detector.thumbnails_) == 3
     fitted_model.save_pretrained(tmp_path)
     loaded = type(fitted_model).from_pretrained(tmp_path)
-    assert loaded.density.thumbnails_ == fitted_model.density.thumbnails_
+    assert loaded.detector.thumbnails_ == fitted_model.detector.thumbnails_
 
 
 # --- what a file says of itself -----------------------------------------------------------------------------
@@ -201,7 +196,17 @@ def test_a_c2pa_manifest_is_told_and_a_broken_one_does_no_harm(photo, tmp_path):
 
 def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_path):
     (checkpoint / "metrics.json").write_text(
-        json.dumps({"dataset": "zoo", "figures": {"macro_auc": 0.5}, "intervals": {"macro_auc": [0.4, 0.6]}})
+        json.dumps(
+            {
+                "dataset": "zoo",
+                "splits": {
+                    "test": {
+                        "metrics": {"macro_auc": 0.5},
+                        "intervals": {"macro_auc": [0.4, 0.6]},
+                    }
+                },
+            }
+        )
     )
     output = tmp_path / "report.json"
     command = ["report", str(image), "--model", str(checkpoint), "--output", str(output), "--format", "json"]
@@ -268,18 +273,28 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
 # --- figures ------------------------------------------------------------------------------------------------
 
 
+def test_a_confusion_matrix_has_a_row_a_class_and_nothing_below():
+    """Its counts stand in their cells, and the picture ends where the last class does."""
+    axes = draw_confusion(["real", "a"], [[3, 0, 1], [2, 4, 0]]).axes[0]
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "3", (1, 0): "0", (2, 0): "1", (0, 1): "2", (1, 1): "4", (2, 1): "0"}
+    assert sorted(axes.get_ylim()) == [-0.5, 1.5]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["real", "a"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["real", "a", "unknown"]
+
+
 def test_figures_are_drawn(fitted_model, tmp_path):
-    report = {"labels": ["real", "a", "b"], "confusion": [[3, 0, 0, 1], [0, 4, 0, 0], [1, 0, 2, 0]]}
+    confusion = [[3, 0, 0, 1], [0, 4, 0, 0], [1, 0, 2, 0]]
     rng = np.random.default_rng(0)
-    made = {
-        "embeddings": EmbeddingMap(fitted_model.density).draw(np.zeros(16)),
-        "confusion": draw_confusion(report),
+    figures = {
+        "embeddings": EmbeddingMap(fitted_model.detector).draw(np.zeros(16)),
+        "confusion": draw_confusion(["real", "a", "b"], confusion),
         "reliability": draw_reliability([{"confidence": 0.9, "accuracy": 0.8, "share": 1.0}]),
         "roc": draw_roc({"known against unknown": (rng.normal(1, 1, 50), rng.normal(0, 1, 50))}),
     }
-    for path in save_figures(made, tmp_path / "figures"):
+    for path in save_figures(figures, tmp_path / "figures"):
         with Image.open(path) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(10**6)) > 20  # something is on it
     with pytest.raises(ValueError, match="'pca' or 'umap'"):
-        EmbeddingMap(fitted_model.density, "tsne")
+        EmbeddingMap(fitted_model.detector, "tsne")

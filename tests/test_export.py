@@ -12,12 +12,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 @pytest.mark.parametrize(("part", "whitening"), [("whole", True), ("network", False)])
 def test_the_graph_gives_the_same_scores(part, whitening, processor, tmp_path):
-    from .conftest import fit_random_density, tiny_model
+    from .conftest import fit_random_detector, tiny_model
 
     model = tiny_model(pooling="statistics", latent_whitening=whitening)
     if whitening:
-        model.protoleak.whitening.fit(torch.randn(20, 4, 8, 8) * torch.tensor([1, 2, 3, 4]).view(4, 1, 1))
-    fit_random_density(model)
+        model.protoleak.whitening.fit([torch.randn(20, 4, 8, 8) * torch.tensor([1, 2, 3, 4]).view(4, 1, 1)])
+    fit_random_detector(model)
     model.save_pretrained(tmp_path / "checkpoint")
     processor.save_pretrained(tmp_path / "checkpoint")
     path = tmp_path / "model.onnx"

@@ -12,10 +12,9 @@ from protoleak.cli import main
 
 from .conftest import tiny_vae
 from .hub_matrix import LOADERS, differences, make_kinds
-from .test_train import _cache_in_tmp_path, folder  # noqa: F401 (fixtures)
 
 
-def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):  # noqa: F811
+def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):
     enroll = [str(path) for path in sorted((folder / "unknown/c").iterdir())[:4]]
     kinds = make_kinds(checkpoint, tmp_path / "kinds", str(folder), enroll)
     table = differences(kinds, enroll[0], tmp_path / "kinds" / "hf")
@@ -41,7 +40,9 @@ def test_the_diffusion_pipeline_gives_the_models_numbers(pipe, checkpoint, proce
     result = pipe([photo, photo], output_latents=True)
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     output = model(**processor([photo, photo]), output_noisy_latents=True)
-    torch.testing.assert_close(torch.tensor(result.log_densities, dtype=torch.float64), output.log_density)
+    torch.testing.assert_close(
+        torch.tensor(result.open_set_scores, dtype=torch.float64), output.open_set_score
+    )
     torch.testing.assert_close(result.latents, output.noisy_latents)
     assert result.latents.shape == (2, 3, 4, 8, 8)
     assert result.labels == [record["label"] for record in result.records]
@@ -50,20 +51,20 @@ def test_the_diffusion_pipeline_gives_the_models_numbers(pipe, checkpoint, proce
 
 
 def test_dtype_is_that_of_the_vae_and_the_head_stays_in_float32(pipe, photo):
-    expected = pipe(photo).log_densities[0]
+    expected = pipe(photo).open_set_scores[0]
     pipe.to(torch.bfloat16)
     assert pipe.vae.dtype == torch.bfloat16
     assert pipe.attribution_model.dtype == torch.float32
-    assert pipe(photo).log_densities[0] == pytest.approx(expected, rel=0.2)
+    assert pipe(photo).open_set_scores[0] == pytest.approx(expected, rel=0.2)
 
 
-def test_a_swapped_scheduler_or_vae_does_not_keep_the_old_density(pipe, photo):
+def test_a_swapped_scheduler_or_vae_does_not_keep_the_old_detector(pipe, photo):
     pipe(photo)
     before = pipe.scheduler
     pipe.scheduler = DDPMScheduler()  # linear betas
     with pytest.raises(ValueError, match="fitted for other"):
         pipe(photo)
-    pipe.attribution_model.density = None
+    pipe.attribution_model.detector = None
     assert pipe(photo).p_values == [None]
     assert pipe.attribution_model.config.beta_schedule == "linear"
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
@@ -86,9 +87,9 @@ def test_a_swapped_vae_of_other_weights_is_noticed(pipe, photo):
 
 
 def test_slicing_changes_nothing(pipe, photo):
-    expected = pipe([photo, photo]).log_densities
+    expected = pipe([photo, photo]).open_set_scores
     pipe.enable_vae_slicing()
-    assert pipe([photo, photo]).log_densities == pytest.approx(expected, abs=1e-5)
+    assert pipe([photo, photo]).open_set_scores == pytest.approx(expected, abs=1e-5)
 
 
 # --- what is wrong is said ----------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def test_wrong_loading_is_explained(checkpoint, name, call, message):
     assert message in run.stderr
 
 
-def test_enrolling_is_careful(checkpoint, folder, tmp_path, capsys):  # noqa: F811
+def test_enrolling_is_careful(checkpoint, folder, tmp_path, capsys):
     images = str(folder / "unknown/c")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious.txt").write_text("")

@@ -12,7 +12,7 @@ from protoleak.cli import main
 from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
 from transformers import pipeline
 
-from .conftest import LABELS
+from .conftest import LABELS, fit_random_detector, tiny_model
 
 RUN_FIELDS = (
     "provenance",
@@ -68,13 +68,26 @@ def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):
     attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
     record = attribute(photo)
     output = fitted_model(**processor(photo))
-    assert record["log_density"] == pytest.approx(float(output.log_density))
+    assert record["open_set_score"] == pytest.approx(float(output.open_set_score))
+    assert record["log_density"] == record["open_set_score"], "the paper's score is one in nats"
     assert record["p_value"] == float(output.p_values)
     probabilities = dict(zip(LABELS, output.logits[0].softmax(0).tolist(), strict=True))
     for attribution in record["attributions"]:
         assert attribution["score"] == pytest.approx(probabilities[attribution["label"]])
     assert sum(a["score"] for a in record["attributions"]) == pytest.approx(1)
     json.dumps(record)
+
+
+def test_a_score_that_is_no_log_density_is_not_called_one(processor, photo):
+    model = tiny_model(open_set_scores={"embeddings": "kde", "statistics": "l2_mahalanobis"})
+    fit_random_detector(model)
+    record = ImageAttributionPipeline(model=model, image_processor=processor)(photo)
+    assert tuple(record) == RECORD_FIELDS
+    model.detector = None
+    model.config.open_set_scores = {"embeddings": "kde"}
+    record = ImageAttributionPipeline(model=model, image_processor=processor)(photo)
+    assert tuple(record) == RECORD_FIELDS
+    assert record["open_set_score"] is record["p_value"] is record["prediction_set"] is None
 
 
 def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
@@ -84,7 +97,7 @@ def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
     alone = [attribute(image) for image in images]
     for batch_size in (2, 9):
         for found, expected in zip(attribute(images, batch_size=batch_size), alone, strict=True):
-            assert found["log_density"] == pytest.approx(expected["log_density"], abs=1e-5)
+            assert found["open_set_score"] == pytest.approx(expected["open_set_score"], abs=1e-5)
             for a, b in zip(found["attributions"], expected["attributions"], strict=True):
                 assert a["label"] == b["label"]
                 assert a["score"] == pytest.approx(b["score"], abs=1e-5)
@@ -93,8 +106,8 @@ def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
 
 def test_alpha_moves_the_verdict(fitted_model, processor, photo):
     attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
-    log_density = attribute(photo)["log_density"]
-    fitted_model.density.calibration_ = torch.tensor([log_density - 1, log_density + 1, log_density + 2])
+    score = attribute(photo)["open_set_score"]
+    fitted_model.detector.calibration_ = torch.tensor([score - 1, score + 1, score + 2])
     p_value = attribute(photo)["p_value"]
     assert p_value == 0.5
     assert attribute(photo, alpha=p_value)["is_unknown"]
@@ -130,7 +143,7 @@ def test_transformers_loads_it_from_a_folder_without_the_package(checkpoint, ima
     found = json.loads(run.stdout)
     expected = pipeline("image-attribution", model=str(checkpoint), trust_remote_code=True)(str(image))
     assert found["label"] == expected["label"]
-    assert found["log_density"] == pytest.approx(expected["log_density"], abs=1e-5)
+    assert found["open_set_score"] == pytest.approx(expected["open_set_score"], abs=1e-5)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -147,7 +160,7 @@ def test_attribute_writes_a_record_a_file_and_goes_on_after_a_bad_one(checkpoint
         ["0.png", "2.png", "4.png", "6.png", "8.png", "bad.png", *(f"deeper/{i}.png" for i in (1, 3, 5, 7))]
     )
     for record in records:
-        assert set(record) == {*RECORD_FIELDS, *RUN_FIELDS}
+        assert set(record) - {"log_density"} == {*RECORD_FIELDS, *RUN_FIELDS}
         assert record["timesteps"] == [0, 50, 200]
         if record["file"].endswith("bad.png"):
             assert "bad.png" in record["error"]

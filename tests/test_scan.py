@@ -35,7 +35,11 @@ def lines(path):
 
 
 def numbers(record):
-    return record["log_density"], record["p_value"], {a["label"]: a["score"] for a in record["attributions"]}
+    return (
+        record["open_set_score"],
+        record["p_value"],
+        {a["label"]: a["score"] for a in record["attributions"]},
+    )
 
 
 def assert_same(found, expected):
@@ -53,11 +57,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same_records(attributor, folder, tm
     rows = whole.read_text().splitlines(keepends=True)
     output.write_text("".join(rows[:5]) + rows[5][:40])  # killed while it wrote the sixth
     counts = scan(attributor, [str(folder)], output, resume=True, batch_size=4)
-    assert counts == {"found": 13, "done": 4, "written": 9, "failed": 2}  # one of the five was an error
+    assert counts == {"files": 13, "done": 4, "written": 9, "failed": 2}  # one of the five was an error
     by_name = lambda records: sorted(records, key=lambda r: r["file"])  # noqa: E731
     assert_same(by_name(lines(output)), by_name(lines(whole)))
     again = scan(attributor, [str(folder)], output, resume=True)
-    assert again == {"found": 13, "done": 11, "written": 2, "failed": 2}
+    assert again == {"files": 13, "done": 11, "written": 2, "failed": 2}
 
 
 def test_nothing_is_overwritten_or_mixed(attributor, checkpoint, folder, tmp_path, capsys):
@@ -83,7 +87,7 @@ def test_a_file_moved_or_copied_is_done_and_a_changed_one_is_not(attributor, fol
     (folder / "00.png").rename(folder / "moved.png")
     Image.new("RGB", (40, 40), "red").save(folder / "01.png")
     counts = scan(attributor, [str(folder)], output, resume=True)
-    assert counts == {"found": 13, "done": 10, "written": 3, "failed": 2}
+    assert counts == {"files": 13, "done": 10, "written": 3, "failed": 2}
 
 
 def test_records_come_before_all_is_read():

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md rendered from model_card.md with the figures of its own run."""
+"""The model card of a checkpoint: README.md rendered from model_card.md with the metrics of its own run."""
 
 import importlib.metadata
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.protocol import TITLES, format_report
+from ..evaluation.protocol import Evaluation
+from ..evaluation.report import TITLES, format_report
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 MARK = "Rendered by protoleak from model_card.md."
@@ -24,8 +25,8 @@ def write_card(
         model ([`ProtoLeakForImageAttribution`]): What was saved there.
         origin (`str`): A sentence on where the weights come from.
         command (`str`): What makes the checkpoint again.
-        summary (`dict`, *optional*): From [`evaluate_model`], with `dataset`; without, the card has no
-            figures. Drawings in the checkpoint's `figures/` are shown.
+        summary (`dict`, *optional*): An [`Evaluation`] as a dict, with `dataset`; without, the card has no
+            metrics. Drawings in the checkpoint's `figures/` are shown.
     """
     path = folder / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):
@@ -43,7 +44,7 @@ def write_card(
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
         **{name: getattr(config, name) for name in ("num_prototypes", "alpha", "open_set_title")},
         dataset=summary and summary["dataset"],
-        report=summary and format_report(summary),
+        report=summary and format_report(Evaluation.from_dict(summary)),
         drawings=sorted(drawing.stem for drawing in (folder / "figures").glob("*.png")),
     )
     card.save(path)
@@ -53,6 +54,7 @@ def write_card(
 def _card_data(name: str, summary: dict[str, Any] | None) -> ModelCardData:
     results = []
     if summary is not None:
+        metrics = Evaluation.from_dict(summary).metrics
         results = [
             EvalResult(
                 task_type="image-classification",
@@ -62,10 +64,10 @@ def _card_data(name: str, summary: dict[str, Any] | None) -> ModelCardData:
                 dataset_split="test",
                 metric_type=metric,
                 metric_name=title,
-                metric_value=summary["figures"][metric],
+                metric_value=metrics[metric],
             )
             for metric, title in TITLES.items()
-            if metric in summary["figures"]
+            if metric in metrics
         ]
     return ModelCardData(
         license="mit",

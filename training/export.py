@@ -12,43 +12,41 @@ from ..files_protoleak import write_whole
 PARTS = ("network", "whole")
 
 
-class ClassScores(nn.Module):
-    """What a graph holds: z_0, or pixel values, to class scores, embeddings and statistics."""
+class Graph(nn.Module):
+    """
+    A model up to its open-set verdict, with one input, `pixel_values` or `latents`: logits, embeddings and
+    statistics.
+    """
 
-    def __init__(self, model: Any, part: str):
+    def __init__(self, model: Any, name: str):
         super().__init__()
-        self.model, self.part = model, part
+        self.model, self.name = model, name
+        self.vae = model.vae  # of which the model is not the owner
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        latents = self.model.protoleak.encode(inputs) if self.part == "whole" else inputs
-        made = self.model.protoleak(latents=latents, return_dict=True)
-        logits = self.model.head(made.embeddings, made.gates)
-        if self.model.density is not None:
-            logits = logits / self.model.density.temperatures_["prototype"]
-        return logits, made.embeddings, made.statistics
+        output = self.model.classify(**{self.name: inputs})
+        return output.logits, output.embeddings, output.statistics
 
 
 def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole") -> Path:
     """
     Write an ONNX file, its batch size left open, with the noise of evaluation inside; beside it `NAME.json`
-    with labels and image size. Open-set verdicts need the density, which stays in `density.pkl`: it takes the
-    graph's `embeddings` or `statistics`.
+    with labels and image size. Open-set verdicts need the detector, which stays in `density.pkl`: it takes
+    the graph's `embeddings` or `statistics`.
 
     Args:
-        model ([`ProtoLeakForImageAttribution`]): With its VAE; the prototypes give the scores.
+        model ([`ProtoLeakForImageAttribution`]): With its VAE.
         crop_size (`int`): Side of the images in pixels, as the image processor makes them.
         path: Of the file.
         part (`str`): `"whole"`, from `pixel_values` (N, 3, S, S) on, or `"network"`, from `latents`
             (N, C, H, W).
 
     Raises:
-        ValueError: no such part, or the model's scorer is not the prototypes.
+        ValueError: no such part.
         ImportError: onnx and onnxscript are missing.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {PARTS}; got {part!r}")
-    if model.config.scorer != "prototype":
-        raise ValueError(f"only the scorer 'prototype' is part of the network; got {model.config.scorer!r}")
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -60,7 +58,7 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
     with torch.no_grad():
         model(**{name: inputs})  # draws the noise of evaluation for this size, which the graph then holds
         program = torch.onnx.export(
-            ClassScores(model, part),
+            Graph(model, name).eval(),
             (inputs,),
             input_names=[name],
             output_names=["logits", "embeddings", "statistics"],

@@ -1,8 +1,11 @@
-"""Latents of a data set's images, encoded once and cached."""
+"""Latents of a data set's images: encoded once, in files that are read row by row, never all in memory."""
 
 import hashlib
 import json
 import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,110 +13,175 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, List, Value
-from torch.utils.data import TensorDataset
+from datasets import Dataset
+from PIL import Image
+from tqdm import tqdm
 
+from ..files_protoleak import PARTIAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..postprocessing_protoleak import postprocess
 
-SHARD_SIZE = 2048  # images in a file of cached latents
+ITEM_SIZE = np.dtype(np.float16).itemsize
 
 
-def content_key(
-    rows: Dataset, model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor
-) -> str:
-    """What the latents depend on: image content, processor, VAE. 32 hexadecimal digits."""
-    vae_config = {k: v for k, v in model.vae.config.items() if not k.startswith("_")}  # not where it lies
-    digest = hashlib.sha256(
-        json.dumps([processor.to_dict(), vae_config], sort_keys=True, default=str).encode()
-    )
-    for name, weight in sorted(model.vae.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for image in rows["image"]:
-        digest.update(hashlib.sha256(_image_bytes(image)).digest())
-    return digest.hexdigest()[:32]
-
-
-def _image_bytes(image: dict[str, Any]) -> bytes:
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-def encode_split(
-    rows: Dataset, label_names: list[str],
-    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor,
-    accelerator: Accelerator, orientation: int = 0, operator: str | None = None,
-    strength: float | None = None, seed: int = 0, batch_size: int = 16, key: str | None = None,
-) -> TensorDataset:  # fmt: skip
+@dataclass(frozen=True)
+class View:
     """
-    Latents (N, C, H, W) or (N, crops, C, H, W) and labels (N,), -1 for other classes. The latents are
-    cached in float16, in files of `SHARD_SIZE` images, which processes share out, so that a run that was
-    stopped goes on.
-    `orientation` 0..7 mirrors (odd) and turns (by orientation // 2 quarters) the pixels first; `operator`,
-    `strength` and `seed` [`postprocess`] the images before that; `key` is the rows' [`content_key`], where it
-    is at hand.
+    What is done to an image before the VAE encodes it.
+
+    Args:
+        orientation (`int`): 0..7; pixels are turned by `orientation // 2` quarters, and mirrored if odd.
+        operator (`str`, *optional*), strength (`float`, *optional*), seed (`int`):
+            How the image is post-processed before that, see [`postprocess`]; not at all by default.
     """
-    channels, side = model.config.latent_channels, processor.crop_size // _reduction(model.vae)
-    views = () if processor.num_crops == 1 else (processor.num_crops,)
-    shape = (*views, channels, side, side)
 
-    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
-        images = [image["bytes"] if image["bytes"] is not None else image["path"] for image in batch["image"]]
-        if operator is not None:
-            images = [open_image(image, processor.max_pixels) for image in images]
-            images = [postprocess(image, operator, strength, seed) for image in images]
-        pixels = processor(images)["pixel_values"].rot90(orientation // 2, (-2, -1))
-        latents = model.protoleak.encode(pixels.flip(-1) if orientation % 2 else pixels)
-        return {"latents": latents.flatten(1).half().cpu().numpy()}
+    orientation: int = 0
+    operator: str | None = None
+    strength: float | None = None
+    seed: int = 0
 
-    key = f"{key or content_key(rows, model, processor)}-{orientation}"
-    if operator is not None:
-        key += f"-{operator}-{strength}-{seed}"
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
-    folder.mkdir(parents=True, exist_ok=True)
-    count = max(1, math.ceil(len(rows) / SHARD_SIZE))
+    @property
+    def name(self) -> str:
+        """Part of the names of the files that hold this view's latents."""
+        processed = "" if self.operator is None else f"-{self.operator}-{self.strength}-{self.seed}"
+        return f"{self.orientation}{processed}"
 
-    def shard(number: int) -> Dataset:
-        """A part of the latents, from its file, which appears only when it is whole."""
-        name = f"{key}-{number}-of-{count}"
-        chosen = rows.select(range(number * SHARD_SIZE, min((number + 1) * SHARD_SIZE, len(rows))))
-        return chosen.map(
-            encode,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=rows.column_names,
-            features=Features(latents=List(Value("float16"), length=math.prod(shape))),
-            cache_file_name=str(folder / f"{name}.arrow"),
-            new_fingerprint=hashlib.sha256(name.encode()).hexdigest()[:32],
-            desc="encoding images with the VAE",
-        )
+    def process(self, image: str | bytes, max_pixels: int) -> Image.Image | str | bytes:
+        """The post-processed image; where there is no operator, the file as it is."""
+        if self.operator is None:
+            return image
+        return postprocess(open_image(image, max_pixels), self.operator, self.strength, self.seed)
 
-    for number in range(accelerator.process_index, count, accelerator.num_processes):
-        shard(number)
-    accelerator.wait_for_everyone()
-    parts = [shard(number).with_format("numpy")["latents"][:] for number in range(count)]
-    latents = torch.from_numpy(np.concatenate(parts)).view(-1, *shape)
-    index = {name: k for k, name in enumerate(label_names)}
-    return TensorDataset(latents, torch.tensor([index.get(name, -1) for name in rows["label"]]))
+    def orient(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(..., 3, h, w) -> (..., 3, h, w), or (..., 3, w, h) after an odd number of quarters"""
+        turned = pixel_values.rot90(self.orientation // 2, (-2, -1))
+        return turned.flip(-1) if self.orientation % 2 else turned
 
 
-class RandomView(torch.utils.data.Dataset):
-    """One of several cached encodings of each image, and one of its crops, drawn anew each time."""
+class LatentDataset(torch.utils.data.Dataset):
+    """
+    Pairs of latents, float16 (C, H, W) or (crops, C, H, W), and label. A row is read from its file when it is
+    asked for; nothing of the files stays in this process's memory.
 
-    def __init__(self, views: list[TensorDataset]):
-        self.views = views
+    Args:
+        files (`list[Path]`): Of `shard_size` rows each, the last of those that are left.
+        shape (`tuple[int, ...]`): Of one row.
+        labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1, -1 for any other.
+        shard_size (`int`): Rows of a file.
+    """
+
+    def __init__(self, files: list[Path], shape: tuple[int, ...], labels: torch.Tensor, shard_size: int):
+        self.files, self.shape, self.labels, self.shard_size = files, shape, labels, shard_size
 
     def __len__(self) -> int:
-        return len(self.views[0])
+        return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        latents, label = self.views[int(torch.randint(len(self.views), ()))][index]
-        if latents.ndim == 4:
-            latents = latents[int(torch.randint(len(latents), ()))]
-        return latents, label
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shard, place = divmod(range(len(self))[index], self.shard_size)
+        size = math.prod(self.shape)
+        row = np.fromfile(self.files[shard], np.float16, size, offset=place * size * ITEM_SIZE)
+        return torch.from_numpy(row).view(self.shape), self.labels[index]
 
 
-def _reduction(vae) -> int:
-    """How many pixels one side of a latent stands for."""
-    blocks = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
-    return 2 ** (len(blocks) - 1)
+class LatentCache:
+    """
+    Encodes images with a model's VAE, and keeps the latents in files under the `datasets` cache, keyed by
+    what they depend on: content of the images, image processor, VAE and view. Processes share the files out,
+    and a file appears only when it is whole, so that a run that was stopped goes on.
+
+    Args:
+        model ([`ProtoLeakForImageAttribution`]): Its VAE encodes; its labels number the classes.
+        processor ([`ProtoLeakImageProcessor`]): Makes pixel values of images.
+        accelerator (`Accelerator`): Of the processes that take part.
+        batch_size (`int`): Images that are encoded at once.
+        shard_size (`int`): Images in a file.
+    """
+
+    def __init__(
+        self,
+        model: ProtoLeakForImageAttribution,
+        processor: ProtoLeakImageProcessor,
+        accelerator: Accelerator,
+        batch_size: int = 16,
+        shard_size: int = 2048,
+    ):
+        self.model, self.processor, self.accelerator = model, processor, accelerator
+        self.batch_size, self.shard_size = batch_size, shard_size
+        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's latents, (C, H, W) or (crops, C, H, W)."""
+        config = self.model.vae.config
+        blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        side = self.processor.crop_size // 2 ** (len(blocks) - 1)
+        crops = () if self.processor.num_crops == 1 else (self.processor.num_crops,)
+        return (*crops, self.model.config.latent_channels, side, side)
+
+    def content_key(self, rows: Dataset) -> str:
+        """Of all that the latents of `rows` depend on but the view. 32 hexadecimal digits."""
+        vae = self.model.vae
+        vae_config = {k: v for k, v in vae.config.items() if not k.startswith("_")}  # not where it lies
+        facts = [self.processor.to_dict(), vae_config]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name, weight in sorted(vae.state_dict().items()):
+            content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            digest.update(name.encode() + content)
+        for batch in rows.select_columns("image").iter(self.batch_size):
+            for image in batch["image"]:
+                content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+                digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()[:32]
+
+    def encode(self, rows: Dataset, view: View = View()) -> LatentDataset:  # noqa: B008 (it is frozen)
+        """The latents of one view of `rows`, which have columns `image` (not decoded) and `label` (str)."""
+        return self.encode_views(rows, [view])[view]
+
+    def encode_views(self, rows: Dataset, views: Iterable[View]) -> dict[View, LatentDataset]:
+        """The latents of several views of the same images; their content is read for the key only once."""
+        key, index = self.content_key(rows), {k: n for n, k in enumerate(self.model.config.label_names)}
+        labels = torch.tensor([index.get(name, -1) for name in rows["label"]])
+        encoded = {}
+        for view in views:
+            files = self._encode_shards(rows, view, f"{key}-{view.name}")
+            encoded[view] = LatentDataset(files, self.shape, labels, self.shard_size)
+        return encoded
+
+    def _encode_shards(self, rows: Dataset, view: View, name: str) -> list[Path]:
+        """The files of a view's latents; those that are missing are written first."""
+        count = max(1, math.ceil(len(rows) / self.shard_size))
+        files = [self.folder / f"{name}-{number}-of-{count}.latents" for number in range(count)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
+            members = range(number * self.shard_size, min((number + 1) * self.shard_size, len(rows)))
+            size = len(members) * math.prod(self.shape) * ITEM_SIZE
+            if not files[number].exists() or files[number].stat().st_size != size:
+                self._write_shard(rows.select(members), view, files[number])
+        self.accelerator.wait_for_everyone()
+        return files
+
+    def _write_shard(self, rows: Dataset, view: View, path: Path) -> None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+        bar = tqdm(
+            total=len(rows),
+            desc="encoding images with the VAE",
+            leave=False,
+            disable=None if self.accelerator.is_main_process else True,  # None: on a terminal alone
+        )
+        try:
+            with bar, open(partial, "wb") as file:
+                for batch in rows.select_columns("image").iter(self.batch_size):
+                    file.write(self._encode_batch(batch["image"], view).tobytes())
+                    bar.update(len(batch["image"]))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _encode_batch(self, images: list[dict[str, Any]], view: View) -> np.ndarray:
+        """Images as `datasets` holds them, to latents (B, *shape), float16."""
+        contents = [image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
+        processed = [view.process(content, self.processor.max_pixels) for content in contents]
+        pixels = self.processor(processed)["pixel_values"]
+        latents = self.model.protoleak.encode(view.orient(pixels))
+        return latents.view(len(images), *self.shape).half().cpu().numpy()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protoleak import KnownDensity, ProtoLeakConfig
+from protoleak import OpenSetDetector, ProtoLeakConfig
+from protoleak.checkpoint_protoleak import load_vae
 from protoleak.cli import main
-from protoleak.modeling_protoleak import load_vae
 from safetensors.torch import load_file, save_file
 
 # What pickles have been made to run, by the lists of picklescan, fickling and their advisories: module, name,
@@ -63,12 +63,12 @@ def as_new_object(module: str, name: str, argument: str) -> bytes:
     return b"\x80\x02" + f"c{module}\n{name}\n(V{argument}\nt".encode() + b"\x81."
 
 
-def hidden_in_a_density(module: str, name: str, argument: str) -> bytes:
+def hidden_in_a_state(module: str, name: str, argument: str) -> bytes:
     """Where a reader expects the version: a dict that is whole but for one call."""
     return f"(dVversion\nc{module}\n{name}\n(V{argument}\ntRs.".encode()
 
 
-WAYS = [as_reduce, as_stack_global, as_inst, as_object, as_new_object, hidden_in_a_density]
+WAYS = [as_reduce, as_stack_global, as_inst, as_object, as_new_object, hidden_in_a_state]
 
 
 def test_no_known_attack_runs(tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_no_known_attack_runs(tmp_path, capsys):
     for way, module, name in attacks:
         path.write_bytes(way(module, name, str(victim)))
         with pytest.raises(ValueError, match=r"density\.pkl was refused") as caught:
-            KnownDensity.load(path)
+            OpenSetDetector.load(path)
         assert f"{module}.{name}" in str(caught.value), f"{way.__name__} {module}.{name}: {caught.value}"
         assert not victim.exists()
     with capsys.disabled():
@@ -87,7 +87,7 @@ def test_no_known_attack_runs(tmp_path, capsys):
 
 def test_the_attacks_are_real(tmp_path):
     """The same bytes do run in Python's own reader, so that the test above can fail."""
-    for way in (as_reduce, as_stack_global, as_inst, as_object, hidden_in_a_density):
+    for way in (as_reduce, as_stack_global, as_inst, as_object, hidden_in_a_state):
         victim = tmp_path / way.__name__
         pickle.loads(way("os", "mkdir", str(victim)))
         assert victim.is_dir()
@@ -102,7 +102,7 @@ def test_growing_pickles_end(tmp_path):
     for content in (doubling, *lies, deep, b"\x80\x04K\x01" * 10_000):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="refused"):
-            KnownDensity.load(path)
+            OpenSetDetector.load(path)
 
 
 @settings(max_examples=300, deadline=2000, derandomize=True)
@@ -112,37 +112,37 @@ def test_any_bytes_are_refused_in_bounded_time(content):
     path.write_bytes(b"\x80\x04" + content)
     try:
         with pytest.raises(ValueError, match="refused"):
-            KnownDensity.load(path)
+            OpenSetDetector.load(path)
     finally:
         path.unlink()
 
 
 @settings(max_examples=120, deadline=5000, derandomize=True)
 @given(places=st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=5))
-def test_a_damaged_density_is_refused_or_whole(saved_density, places):
+def test_a_damaged_detector_is_refused_or_whole(saved_detector, places):
     """Bytes changed anywhere in a real file: a clear error, or an object of the right shapes."""
-    content = bytearray(saved_density.read_bytes())
+    content = bytearray(saved_detector.read_bytes())
     for place, value in places:
         content[place % len(content)] = value
-    path = saved_density.with_name("damaged.pkl")
+    path = saved_detector.with_name("damaged.pkl")
     path.write_bytes(bytes(content))
     try:
-        density = KnownDensity.load(path)
+        detector = OpenSetDetector.load(path)
     except ValueError as refusal:
         message = str(refusal)
     else:
-        message = "" if density.train_["embeddings"].ndim == 2 else "of wrong shape"
+        message = "" if detector.train_["embeddings"].ndim == 2 else "of wrong shape"
     assert not message or "refused" in message
 
 
 @pytest.fixture(scope="module")
-def saved_density(tmp_path_factory):
-    from ..conftest import fit_random_density, tiny_model
+def saved_detector(tmp_path_factory):
+    from ..conftest import fit_random_detector, tiny_model
 
     model = tiny_model()
-    fit_random_density(model)
-    path = tmp_path_factory.mktemp("density") / "density.pkl"
-    model.density.save(path)
+    fit_random_detector(model)
+    path = tmp_path_factory.mktemp("detector") / "density.pkl"
+    model.detector.save(path)
     return path
 
 
@@ -174,9 +174,9 @@ def test_weights_of_nan_or_another_shape_are_refused(checkpoint, capsys):
     assert "don't fit" in refused(checkpoint, capsys)
 
 
-def test_a_density_of_nan_is_refused(checkpoint, fitted_model, capsys):
-    fitted_model.density.train_["embeddings"][0] = float("nan")
-    fitted_model.density.save(checkpoint / "density.pkl")
+def test_a_detector_of_nan_is_refused(checkpoint, fitted_model, capsys):
+    fitted_model.detector.train_["embeddings"][0] = float("nan")
+    fitted_model.detector.save(checkpoint / "density.pkl")
     assert "NaN" in refused(checkpoint, capsys)
 
 
@@ -185,7 +185,7 @@ def test_a_density_of_nan_is_refused(checkpoint, fitted_model, capsys):
     [
         ("timesteps", [0, 99999]), ("timesteps", []), ("alpha", 0), ("alpha", "0.05"), ("embedding_size", -1),
         ("num_prototypes", 10**9), ("latent_channels", 0), ("noise_seed", -1), ("time_dropout", 2),
-        ("pooling", "os.system"), ("scorer", "../../x"), ("open_set_scores", {"embeddings": "os.system"}),
+        ("pooling", "os.system"), ("open_set_scores", {"embeddings": "os.system"}),
         ("open_set_scores", [1]), ("beta_end", 7),
         ("embedding_size", 10**12),
     ],
@@ -211,19 +211,28 @@ def test_a_vae_folder_with_a_pickle_is_not_unpickled(checkpoint, capsys, tmp_pat
     assert not victim.exists()
 
 
-def test_the_array_of_a_density_can_hold_no_objects(checkpoint):
+def test_the_array_of_a_detector_can_hold_no_objects(checkpoint):
     content = pickle.loads((checkpoint / "density.pkl").read_bytes())
-    for dtype in ("|O", "O", "V8", "no dtype", "<U4"):
-        content["density"]["state"]["calibration_"]["dtype"] = dtype
+    for dtype in ("|O", "O", "V8", "no dtype", "<U4", "<c8", ["<f8"]):
+        content["state"]["calibration_"]["dtype"] = dtype
         (checkpoint / "density.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match="refused"):
-            KnownDensity.load(checkpoint / "density.pkl")
+            OpenSetDetector.load(checkpoint / "density.pkl")
 
 
-def test_a_density_sets_no_private_attribute(checkpoint):
-    for name in ("__class__", "__dict__", "_score", "a b", ""):
+def test_a_detector_sets_no_attribute_but_its_own(checkpoint):
+    for name in ("__class__", "__dict__", "_scores", "scores_", "load", "a b", "", 1):
         content = pickle.loads((checkpoint / "density.pkl").read_bytes())
-        content["density"]["state"][name] = 1
+        content["state"][name] = 1
         (checkpoint / "attack.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match="refused"):
-            KnownDensity.load(checkpoint / "attack.pkl")
+            OpenSetDetector.load(checkpoint / "attack.pkl")
+
+
+def test_a_detector_without_a_part_is_refused(checkpoint):
+    for name in ("calibration_", "temperature_", "train_", "probe_"):
+        content = pickle.loads((checkpoint / "density.pkl").read_bytes())
+        del content["state"][name]
+        (checkpoint / "attack.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=f"refused.*{name}"):
+            OpenSetDetector.load(checkpoint / "attack.pkl")

@@ -114,7 +114,7 @@ def test_every_file_of_the_corpus_has_its_record(attributor, tmp_path, capsys):
         assert is_image or (error and "\n" not in error.replace(repr(name), ""))
         assert is_image or records[name]["label"] is None
     failed = sum(not is_image for _, is_image in files.values())
-    assert counts == {"found": len(files), "done": 0, "written": len(files), "failed": failed}
+    assert counts == {"files": len(files), "done": 0, "written": len(files), "failed": failed}
     with capsys.disabled():
         print(
             f"\n{len(files)} hostile files: {len(files) - failed} verdicts, {failed} clear errors, no crash"

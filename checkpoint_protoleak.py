@@ -1,0 +1,239 @@
+"""
+A checkpoint's folder: loading and saving it, with all that lies beside the weights (VAE, scheduler, detector,
+code), and holding the frozen VAE.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import cached_file, logging
+
+from .configuration_protoleak import ProtoLeakConfig
+
+logger = logging.get_logger(__name__)
+
+CODE = "*_protoleak.py"  # what a checkpoint carries of this folder
+HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+AUTO_MAP = {
+    "AutoConfig": "configuration_protoleak.ProtoLeakConfig",
+    "AutoModel": "modeling_protoleak.ProtoLeakModel",
+    "AutoModelForImageClassification": "modeling_protoleak.ProtoLeakForImageAttribution",
+}
+CUSTOM_PIPELINE = {
+    "impl": "pipeline_protoleak.ImageAttributionPipeline",
+    "pt": ["AutoModelForImageClassification"],
+    "type": "image",
+}
+
+
+class WeightsDontFitError(RuntimeError, ValueError):
+    """Weights of other shapes than the config's: transformers' RuntimeError, and a ValueError as all here."""
+
+
+class CheckpointMixin:
+    """
+    What a Proto-LeakNet model adds to [`PreTrainedModel`]: it holds a frozen VAE, and loads and saves what
+    lies beside its weights.
+
+    The VAE is an attribute of the base model, but not a submodule of it: it is in none of `parameters()`,
+    `state_dict()` and `train()`, and moves with the model by [`CheckpointMixin._apply`].
+    """
+
+    # --- the VAE
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """The frozen autoencoder, or `None` before one is attached."""
+        return vars(self.base_model).get("_vae")
+
+    def attach_vae(self, vae: nn.Module) -> None:
+        """Hold `vae`, frozen; its latent channels must be those of the config (`ValueError`)."""
+        channels = vae.config.latent_channels
+        if channels != self.config.latent_channels:
+            raise ValueError(
+                f"the VAE has latent_channels = {channels}, but this model was made for "
+                f"latent_channels = {self.config.latent_channels}; pass the VAE that it was trained with"
+            )
+        vars(self.base_model)["_vae"] = vae.requires_grad_(False).eval()  # past the registry of submodules
+
+    def drop_decoder(self) -> None:
+        """Free the half of the VAE's memory that attribution never needs; the model can't be saved then."""
+        if hasattr(self.vae, "decoder"):
+            self.vae.decoder = None
+
+    def to(self, *args, **kwargs):
+        """
+        As [`torch.nn.Module.to`], but a floating-point dtype is that of the VAE alone: it has nearly all of
+        the computation, and embeddings of a network rounded to half precision would not fit the detector.
+        """
+        dtype = self.dtype if self.vae is None else self.vae.dtype
+        asked = torch.empty(0, dtype=dtype, device=self.device).to(*args, **kwargs)
+        super().to(asked.device)
+        if self.vae is not None and asked.dtype != dtype:
+            self.vae.to(asked.dtype)
+        return self
+
+    def _apply(self, fn, recurse: bool = True):
+        """What moves the base model (`to`, `cuda`, `cpu`, ...) moves the VAE that it holds."""
+        if (vae := vars(self).get("_vae")) is not None:
+            vae._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    # --- loading
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, vae: nn.Module | None = None, **kwargs
+    ):
+        """
+        As [`PreTrainedModel.from_pretrained`], and attaches the VAE and the fitted detector.
+
+        Args:
+            vae (*optional*):
+                The autoencoder to hold; by default the checkpoint's `vae/`, else `config.vae_name_or_path`.
+
+        Raises:
+            OSError: the weights are damaged, or no VAE can be loaded; the message tells which was looked for
+                and how to pass another.
+            ValueError: the weights are not finite or not of the config's shapes, or the detector doesn't
+                belong to these weights, or is not safe to read. With `ignore_mismatched_sizes=True`, as for
+                a new head, it is left out with a warning.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            result = super().from_pretrained(name, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"model.safetensors of {name} is damaged: {error}; fetch it again") from error
+        except RuntimeError as error:  # shapes that are not those of the config
+            raise WeightsDontFitError(f"the weights of {name} don't fit: {error}") from error
+        model = result[0] if isinstance(result, tuple) else result
+        for weight_name, weight in model.state_dict().items():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
+        hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+        model.attach_vae(load_vae(name, model.config, **hub) if vae is None else vae)
+        try:
+            model._load_detector(name, hub)
+        except ValueError as error:
+            if not kwargs.get("ignore_mismatched_sizes"):
+                raise
+            logger.warning("the detector is left out: %s", error)  # a new head was asked for
+        return result
+
+    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
+        """The base model has no use for a detector."""
+
+    # --- saving
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        As [`PreTrainedModel.save_pretrained`]; writes the VAE, the scheduler, the detector and the code
+        beside.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = {"image-attribution": dict(CUSTOM_PIPELINE)}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            folder = Path(save_directory)
+            scheduler = make_scheduler(self.config)
+            scheduler.save_pretrained(folder / "scheduler")
+            if self.vae is not None:
+                self._save_vae(folder, type(scheduler).__name__)
+            self._save_detector(folder)
+            for code in Path(__file__).parent.glob(CODE):
+                (folder / code.name).write_bytes(code.read_bytes())
+
+    def _save_vae(self, folder: Path, scheduler_class: str) -> None:
+        """`vae/`, and the index by which diffusers finds it."""
+        if getattr(self.vae, "decoder", self.vae) is None:
+            raise ValueError("the VAE's decoder was dropped, so it can't be saved; load the model again")
+        self.vae.save_pretrained(folder / "vae")
+        for file in (folder / "vae").iterdir():
+            file.chmod(0o644)  # diffusers writes weights that only their owner can read
+        index = {
+            "_class_name": ["pipeline_protoleak", "ProtoLeakDiffusionPipeline"],
+            "vae": ["diffusers", type(self.vae).__name__],
+            "scheduler": ["diffusers", scheduler_class],
+            "attribution_model": [None, None],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _save_detector(self, folder: Path) -> None:
+        """The base model has none."""
+
+
+def make_scheduler(config: ProtoLeakConfig):
+    """The diffusers scheduler whose `alphas_cumprod` is the noise schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**config.noise_schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def schedule_of(scheduler, config: ProtoLeakConfig) -> dict[str, Any]:
+    """
+    The noise schedule of a diffusers scheduler as fields of the config.
+
+    Raises:
+        ValueError: it has none, or one that these fields alone don't tell.
+    """
+    name = type(scheduler).__name__
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(f"{name} has no alphas_cumprod, which the forward diffusion takes from it")
+    schedule = {field: scheduler.config[field] for field in config.noise_schedule}
+    expected = make_scheduler(type(config)(**{**config.to_dict(), **schedule})).alphas_cumprod
+    if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, atol=1e-6):
+        raise ValueError(f"the noise schedule of {name} is not made by {schedule} alone")
+    return schedule
+
+
+def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The scaled posterior mode of a VAE: (N, 3, h, w) in [-1, 1] -> latents (N, C, H, W), float32"""
+    encoded = vae.encode(pixel_values.to(device=vae.device, dtype=vae.dtype))
+    if hasattr(encoded, "latent_dist"):  # AutoencoderKL
+        latents = encoded.latent_dist.mode()
+    else:  # AutoencoderTiny has `latents`, AutoencoderDC `latent`
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> nn.Module:
+    """The VAE in the checkpoint's `vae/`; where there is none, the one that the config names."""
+    if has_vae_folder(checkpoint, **hub):
+        return load_autoencoder(checkpoint, "vae", **hub)
+    hub["revision"] = config.vae_revision
+    return load_autoencoder(config.vae_name_or_path, config.vae_subfolder, **hub)
+
+
+def has_vae_folder(name: str | os.PathLike, **hub) -> bool:
+    """Whether the Hub id or folder has its autoencoder in `vae/`, as checkpoints and pipelines do."""
+    if Path(name).is_absolute() or Path(name).is_dir():
+        return (Path(name) / "vae" / "config.json").exists()
+    path = cached_file(
+        name, "config.json", subfolder="vae", _raise_exceptions_for_missing_entries=False, **hub
+    )
+    return path is not None
+
+
+def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hub) -> nn.Module:
+    """
+    An autoencoder of diffusers from a Hub id or a folder.
+
+    Raises:
+        OSError: telling which, why, and how to pass another.
+    """
+    import diffusers
+
+    try:
+        return diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
+    except Exception as error:  # also what a missing, gated or damaged repository raises
+        raise OSError(
+            f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
+            f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)) "
+            f"or set config.vae_name_or_path to a local folder"
+        ) from error

@@ -1,0 +1,125 @@
+"""What a checkpoint gives for many images: arrays that metrics are computed from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
+
+from ..image_processing_protoleak import ProtoLeakImageProcessor
+from ..modeling_protoleak import ProtoLeakForImageAttribution
+from ..training.latents import LatentCache, LatentDataset
+from .splits import held_out_images
+
+
+@dataclass
+class Predictions:
+    """
+    Of N images, as a model or a baseline gives them.
+
+    Args:
+        embeddings (`np.ndarray` of shape `(N, D)`): What an open-set score is fitted on.
+        probabilities (`np.ndarray` of shape `(N, K)`): Of the known classes; each row sums to 1.
+        labels (`np.ndarray` of shape `(N,)`): The true classes 0..K-1, -1 for an unknown generator.
+        open_set_score (`np.ndarray` of shape `(N,)`, *optional*): Higher for images like the known ones.
+        gates (`np.ndarray` of shape `(N, D)`, *optional*): In (0, 1).
+        statistics (`np.ndarray` of shape `(N, S)`, *optional*): Of the re-simulated latents.
+        p_values (`np.ndarray` of shape `(N,)`, *optional*): Conformal, of "made by a known class".
+        class_p_values (`np.ndarray` of shape `(N, K)`, *optional*): Conformal, of each class.
+    """
+
+    embeddings: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+    open_set_score: np.ndarray | None = None
+    gates: np.ndarray | None = None
+    statistics: np.ndarray | None = None
+    p_values: np.ndarray | None = None
+    class_p_values: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> "Predictions":
+        """The images at these places, or where a mask (N,) is true."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Predictions(**{name: None if part is None else part[index] for name, part in parts.items()})
+
+    def likeliest(self) -> np.ndarray:
+        """Index of the known class with the highest probability. (N,)"""
+        return self.probabilities.argmax(axis=1)
+
+    def verdicts(self, alpha: float) -> np.ndarray:
+        """Index of the class that an image is attributed to; K for "unknown". (N,)"""
+        if self.p_values is None:
+            return self.likeliest()
+        return np.where(self.p_values <= alpha, self.probabilities.shape[1], self.likeliest())
+
+
+@torch.no_grad()
+def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
+    """
+    Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
+    """
+    module = accelerator.unwrap_model(model)
+    training = module.training
+    module.eval()
+    parts: dict[str, list[np.ndarray]] = {}
+    for latents, labels in accelerator.prepare(DataLoader(data, batch_size)):
+        row = _columns(module(latents=latents), accelerator.device) | {"labels": labels}
+        for name, part in accelerator.gather_for_metrics(row).items():
+            parts.setdefault(name, []).append(part.cpu().numpy())
+    module.train(training)
+    return Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+
+
+def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
+    """The fields of [`Predictions`] that a model's output has, labels aside."""
+    columns = {name: getattr(output, name).float() for name in ("embeddings", "gates", "statistics")}
+    columns["probabilities"] = output.logits.double().softmax(dim=1)
+    verdict = {name: getattr(output, name) for name in ("open_set_score", "p_values", "class_p_values")}
+    return columns | {name: part.to(device) for name, part in verdict.items() if part is not None}
+
+
+def predict_splits(
+    model, processor, rows: Mapping[str, Dataset], accelerator: Accelerator
+) -> dict[str, Predictions]:
+    """[`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE."""
+    cache = LatentCache(model, processor, accelerator)
+    return {split: predict(model, cache.encode(part), accelerator) for split, part in rows.items()}
+
+
+@dataclass
+class Subject:
+    """A checkpoint and the images that it is measured on: `test`, and `unknown` where there are any."""
+
+    model: ProtoLeakForImageAttribution
+    processor: ProtoLeakImageProcessor
+    splits: DatasetDict
+    accelerator: Accelerator
+
+    @classmethod
+    def load(cls, checkpoint: str, dataset: str, unknown: str | None = None) -> "Subject":
+        """
+        Args:
+            checkpoint (`str`): Folder or Hub id.
+            dataset (`str`): Whose test split, and unknown split where there is one, are looked at.
+            unknown (`str`, *optional*): More images by generators that the model doesn't know.
+
+        Raises:
+            ValueError: the checkpoint has no verdicts, or other classes than the data set.
+        """
+        model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
+        if model.detector is None:
+            raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
+        processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
+        splits = held_out_images(dataset, model.config.label_names, unknown)
+        accelerator = Accelerator()
+        return cls(model.to(accelerator.device), processor, splits, accelerator)
+
+    def cache(self) -> LatentCache:
+        """Of the latents of its images."""
+        return LatentCache(self.model, self.processor, self.accelerator)

@@ -1,0 +1,51 @@
+"""A checkpoint's metrics again, on images post-processed in every way of `OPERATORS` and `CHAINS`."""
+
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..postprocessing_protoleak import CHAINS, OPERATORS
+from ..training.latents import View
+from .predictions import Subject, predict
+from .protocol import compute_metrics
+
+ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected")
+
+
+def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
+    """
+    The test and unknown images of a subject, post-processed in each way in turn.
+
+    Args:
+        quick (`bool`): Every fourth image, and the middle strength of each operator alone.
+
+    Returns:
+        A row for each operator and strength, the untouched images first: `operator`, `strength`, those of
+        `ROBUSTNESS_METRICS` that there are, and `stability`, the share of all images whose verdict is that of
+        the untouched image.
+    """
+    model, accelerator, rows = subject.model, subject.accelerator, dict(subject.splits)
+    names, alpha = model.config.label_names, model.config.alpha
+    if quick:
+        rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
+    views = [View(operator=operator, strength=strength, seed=seed) for operator, strength in cases(quick)]
+    encoded = {split: subject.cache().encode_views(part, views) for split, part in rows.items()}
+    table, untouched = [], None
+    for view in tqdm(views, "robustness", disable=not accelerator.is_main_process):
+        parts = {split: predict(model, of_views[view], accelerator) for split, of_views in encoded.items()}
+        metrics = compute_metrics(parts["test"], parts.get("unknown"), names, alpha)
+        verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
+        untouched = verdicts if untouched is None else untouched
+        row = {"operator": view.operator or "none", "strength": view.strength}
+        row |= {name: metrics[name] for name in ROBUSTNESS_METRICS if name in metrics}
+        table.append(row | {"stability": float((verdicts == untouched).mean())})
+    return table
+
+
+def cases(quick: bool = False) -> list[tuple[str | None, float | None]]:
+    """Operators and strengths, none first, chains last; `quick` takes the middle strength of each."""
+    pairs: list[tuple[str | None, float | None]] = [(None, None)]
+    for name, (_, strengths) in OPERATORS.items():
+        pairs += [(name, s) for s in ((strengths[len(strengths) // 2],) if quick else strengths)]
+    return pairs + [(name, None) for name in CHAINS]

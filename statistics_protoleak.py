@@ -1,0 +1,244 @@
+"""
+What latents look like as textures, without what they show: statistics over the grid, partial correlations,
+whitening, normalisation of contrast; and the discriminant of such features that a network begins as.
+
+N, C, H, W in shape comments: latents or feature maps, channels, height, width; F: features, K: classes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.9)  # of which a discriminant's is chosen
+SCALES = tuple(float(s) for s in np.geomspace(0.05, 1.0, 25))
+
+
+def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
+    """
+    Divide by the root mean square over the channels at each grid position, as divisive normalisation in
+    vision does: statistics of what is left are not those of the few busy places alone. Squares have 1e-3
+    added. (N, C, H, W) -> (N, C, H, W)
+    """
+    return latents * latents.square().mean(dim=1, keepdim=True).add(1e-3).rsqrt()
+
+
+class _GridMoments(torch.autograd.Function):
+    """
+    What [`grid_statistics`] is made of, with its gradient in closed form: a fifth of the passes over memory
+    that autograd would need.
+    """
+
+    @staticmethod
+    def moments(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        (N, C, H, W) -> mean, std, third and fourth moment, right, below (N, C), correlation (N, C, C); and
+        what they come from, the standardised features (N, C, H, W).
+        """
+        count = features.shape[2] * features.shape[3]
+        flat = features.flatten(2)  # (N, C, HW)
+        mean = flat.mean(dim=2, keepdim=True)
+        unit = flat - mean
+        std = torch.linalg.vector_norm(unit, dim=2, keepdim=True).square().div(count).add(1e-4).sqrt()
+        unit = unit / std
+        squares = unit.square()
+        third = torch.linalg.vecdot(squares, unit) / count
+        fourth = torch.linalg.vector_norm(squares, dim=2).square() / count
+        grid = unit.view_as(features)
+        right = (grid[..., :, 1:] * grid[..., :, :-1]).mean(dim=(2, 3))
+        below = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(2, 3))
+        correlation = unit @ unit.transpose(1, 2) / count
+        return mean.squeeze(2), std.squeeze(2), third, fourth, right, below, correlation, grid
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *moments, grid = _GridMoments.moments(features)
+        ctx.save_for_backward(grid, moments[1][..., None])
+        return tuple(moments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, mean, std, third, fourth, right, below, correlation) -> torch.Tensor:
+        grid, scale = ctx.saved_tensors
+        unit, (height, width) = grid.flatten(2), grid.shape[2:]
+        count = height * width
+        of_unit = unit * (fourth * 4 / count)[..., None]  # first the gradient of the standardised features
+        of_unit.add_((third * 3 / count)[..., None]).mul_(unit).mul_(unit)
+        of_unit.baddbmm_(correlation + correlation.transpose(1, 2), unit, alpha=1 / count)
+        of_grid = of_unit.view_as(grid)
+        if width > 1:
+            step = grid * (right / (height * (width - 1)))[..., None, None]
+            of_grid[..., :, 1:] += step[..., :, :-1]
+            of_grid[..., :, :-1] += step[..., :, 1:]
+        if height > 1:
+            step = grid * (below / ((height - 1) * width))[..., None, None]
+            of_grid[..., 1:, :] += step[..., :-1, :]
+            of_grid[..., :-1, :] += step[..., 1:, :]
+        along = torch.linalg.vecdot(of_unit, unit)[..., None] / count - std[..., None] * scale / count
+        of_unit = of_unit.sub_(of_unit.mean(dim=2, keepdim=True)).addcmul_(unit, along, value=-1)
+        return of_unit.div_(scale).add_(mean[..., None] / count).view_as(grid)
+
+
+def grid_statistics(features: torch.Tensor) -> torch.Tensor:
+    """
+    Describe a feature map as a stationary texture, whatever its size: mean, log standard deviation, skewness
+    and log kurtosis of each channel, correlations between channels, and of each channel with its right and
+    lower neighbour. Variances have 1e-4 added, so that a constant channel gives finite values and gradients.
+
+    Args:
+        features: (N, C, H, W).
+
+    Returns:
+        (N, 6 C + C (C - 1) / 2).
+    """
+    features = features.float()
+    learning = torch.is_grad_enabled() and features.requires_grad
+    described = _GridMoments.apply(features) if learning else _GridMoments.moments(features)[:-1]
+    mean, std, third, fourth, right, below, correlation = described
+    rows, columns = torch.triu_indices(features.shape[1], features.shape[1], offset=1, device=features.device)
+    moments = [mean, std.log(), third, fourth.add(1e-4).log()]
+    return torch.cat([*moments, right, below, correlation[:, rows, columns]], dim=1)
+
+
+def partial_correlations(features: torch.Tensor) -> torch.Tensor:
+    """
+    Log precision of each channel, and the correlations of pairs of channels given all others, which tell a
+    direct dependence from one that other channels pass on. The covariance has a fiftieth of its mean variance
+    added on the diagonal, so that few grid positions are enough.
+
+    Args:
+        features: (N, C, H, W).
+
+    Returns:
+        (N, C + C (C - 1) / 2).
+    """
+    flat = features.float().flatten(2)
+    channels = flat.shape[1]
+    centred = flat - flat.mean(dim=2, keepdim=True)
+    covariance = centred @ centred.transpose(1, 2) / flat.shape[2]
+    ridge = covariance.diagonal(dim1=1, dim2=2).mean(dim=1) * 0.02 + 1e-4
+    unit = torch.eye(channels, device=flat.device)
+    # minus the inverse by sweeping each channel in turn (Goodnight 1979), in operations that ONNX has too
+    swept = covariance + ridge[:, None, None] * unit - 2 * unit
+    for k in range(channels):
+        v = swept[:, :, k] + unit[k]
+        swept = swept - v[:, :, None] * (v / (swept[:, k, k, None] + 2))[:, None, :]
+    precision = (-swept).diagonal(dim1=1, dim2=2)
+    scale = precision.rsqrt()
+    rows, columns = torch.triu_indices(channels, channels, offset=1, device=flat.device)
+    correlations = swept * scale[:, :, None] * scale[:, None, :]
+    return torch.cat([precision.log(), correlations[:, rows, columns]], dim=1)
+
+
+class LatentWhitening(nn.Module):
+    """
+    Rotates latents to the principal components of their grid positions, each of unit variance: `matrix` times
+    (z - `mean`). It changes nothing until it is fitted.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.eye(channels))
+
+    def fit(self, batches: Iterable[torch.Tensor]) -> None:
+        """
+        Args:
+            batches: z_0 of training images, batch by batch, each (N, C, H, W), crops if any after N.
+        """
+        channels = len(self.mean)
+        total, products, count = torch.zeros(channels).double(), torch.zeros(channels, channels).double(), 0
+        for latents in batches:
+            positions = latents.double().flatten(0, -4).transpose(0, 1).flatten(1)  # (C, n)
+            total += positions.sum(dim=1)
+            products += positions @ positions.T
+            count += positions.shape[1]
+        mean = total / count
+        variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        largest = components.abs().argmax(dim=0)  # the sign of a component is made the same everywhere
+        components = components * components.gather(0, largest[None]).sign()
+        floor = 1e-8 * variances.max()  # below is rounding
+        self.mean.copy_(mean)
+        self.matrix.copy_((components / variances.clamp_min(floor).sqrt()).T)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C, H, W)"""
+        centred = latents - self.mean[:, None, None]
+        return torch.einsum("kc,nchw->nkhw", self.matrix, centred)
+
+
+def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """A covariance (F, F), drawn to a multiple of the identity, which is never zero."""
+    target = torch.full_like(covariance.diagonal(), covariance.diagonal().mean().clamp_min(1e-9))
+    return (1 - shrinkage) * covariance + shrinkage * target.diag()
+
+
+@dataclass
+class Discriminant:
+    """
+    A linear discriminant, x -> (x - `centre`) @ `projection`, in units in which a class has unit covariance,
+    times a scale.
+
+    Args:
+        projection (`torch.DoubleTensor` of shape `(F, A)`): Its axes, A at most K - 1.
+        centre (`torch.DoubleTensor` of shape `(F,)`): The mean of the classes' means.
+        means (`torch.DoubleTensor` of shape `(K, A)`): The classes' means, projected.
+        shrinkage (`float`): How far the covariance is drawn to a multiple of the identity.
+        loss (`float`): Cross-entropy of held-out images whose logits are -d^2 / 2, d to each projected mean.
+    """
+
+    projection: torch.Tensor
+    centre: torch.Tensor
+    means: torch.Tensor
+    shrinkage: float
+    loss: float
+
+
+def fit_discriminant(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    held_out: torch.Tensor,
+    targets: torch.Tensor,
+    num_labels: int,
+    max_axes: int,
+) -> Discriminant:
+    """
+    The shrunk linear discriminant of features (n, F) with labels 0..K-1 (n,), its shrinkage and scale those
+    that make the held-out features (m, F) with targets (m,) likeliest. Classes count alike, however many
+    samples they have.
+
+    Raises:
+        ValueError: a class has no sample.
+    """
+    counts = labels.bincount(minlength=num_labels)
+    if not counts.all():
+        raise ValueError(f"every class needs at least 1 sample; got counts {counts.tolist()}")
+    means = torch.stack([features[labels == k].mean(dim=0) for k in range(num_labels)])
+    weights = 1 / counts[labels] / num_labels
+    deviations = (features - means[labels]) * weights.sqrt()[:, None]
+    covariance, centre = (deviations.T @ deviations).double(), means.double().mean(dim=0)
+    means, held_out = means.double() - centre, held_out.double() - centre
+    best = None
+    for shrinkage in SHRINKAGES:
+        projection = _discriminant_axes(shrunk(covariance, shrinkage), means, max_axes)
+        distances = torch.cdist(held_out @ projection, means @ projection).square()
+        for scale in SCALES:
+            loss = F.cross_entropy(-distances * scale**2 / 2, targets).item()
+            if best is None or loss < best.loss:
+                axes = projection * scale
+                best = Discriminant(axes, centre, means @ axes, shrinkage, loss)
+    if not math.isfinite(best.loss):
+        raise ValueError(f"the held-out features give a loss of {best.loss}; they must be finite")
+    return best
+
+
+def _discriminant_axes(covariance: torch.Tensor, means: torch.Tensor, max_axes: int) -> torch.Tensor:
+    """Where centred class means (K, F) differ, in units in which the covariance is the identity, (F, A)."""
+    factor = torch.linalg.cholesky(covariance)
+    whitened = torch.linalg.solve_triangular(factor, means.T, upper=False)  # (F, K)
+    axes = torch.linalg.svd(whitened, full_matrices=False)[0][:, : min(len(means) - 1, max_axes)]
+    return torch.linalg.solve_triangular(factor.T, axes, upper=True)

@@ -1,0 +1,92 @@
+"""Data sets as `load_splits` reads them."""
+
+import numpy as np
+from datasets import load_dataset
+from protoleak.evaluation.splits import load_splits
+
+from . import ROOT
+from .conftest import draw
+
+
+def test_splits_are_cut_where_there_are_none(tmp_path):
+    rng = np.random.default_rng(0)
+    for generator in ("real", "a"):
+        for step in ("step1", "step2"):
+            for root in ("Closed_Set", "Open_Set"):
+                target = tmp_path / "wild" / root / (generator if root == "Closed_Set" else "c") / step
+                target.mkdir(parents=True, exist_ok=True)
+                for i in range(10):
+                    draw(generator, rng).save(target / f"{generator}{i}.webp")
+    splits = load_splits(str(tmp_path / "wild"))
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 20, "validation": 8, "test": 12, "unknown": 40,
+    }  # fmt: skip
+    assert set(splits["train"]["label"]) == {"real", "a"}
+    assert set(splits["unknown"]["label"]) == {"c"}
+    files = [row["path"] for split in ("train", "validation", "test") for row in splits[split]["image"]]
+    assert len(set(files)) == 40
+    prompts = [set(splits[split]["prompt"]) for split in ("train", "validation", "test")]
+    assert sorted(map(len, prompts)) == [2, 3, 5]
+    assert len(set.union(*prompts)) == 10, "a prompt is in one split alone"
+
+
+def test_parquet_files_keep_their_unknown_split(tmp_path, folder):
+    splits = load_splits(str(folder))
+    (tmp_path / "parquet").mkdir()
+    for split, rows in splits.items():
+        rows.to_parquet(tmp_path / f"parquet/{split}-00000-of-00001.parquet")
+    found = load_splits(str(tmp_path / "parquet"))
+    assert {split: rows["label"][:] for split, rows in found.items()} == {
+        split: rows["label"][:] for split, rows in splits.items()
+    }
+
+
+def test_a_data_set_that_was_made_again_is_read_again(tmp_path, folder):
+    """Also where it has a card, by whose name alone `datasets` knows it."""
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    splits = ("train", "validation", "test")
+    files = "".join(f"\n  - split: {split}\n    path: {split}-*.parquet" for split in splits)
+    (zoo / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:{files}\n---\n")
+    contents = []
+    for kept in ("ab", ("a", "real")):
+        for split, rows in load_splits(str(folder)).items():
+            if split in splits:
+                rows = rows.filter(lambda row, kept=kept: row["label"] in kept)
+                rows.to_parquet(zoo / f"{split}-00000-of-00001.parquet")
+        contents.append(set(load_splits(str(zoo))["train"]["label"]))
+    assert contents == [{"a", "b"}, {"a", "real"}]
+
+
+def test_groups_are_not_split(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    lines = ["file_name,label,group"]
+    for i in range(40):
+        draw("real", rng).save(tmp_path / f"data/{i}.png")
+        lines.append(f"{i}.png,{'ab'[i % 2]},p{i // 4}")
+    (tmp_path / "data/metadata.csv").write_text("\n".join(lines))
+    splits = load_splits(str(tmp_path / "data"))
+    groups = [set(splits[split]["group"]) for split in ("train", "validation", "test")]
+    assert sum(map(len, groups)) == 10
+    assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+
+
+def test_leakzoo_is_what_its_card_says():
+    zoo = load_dataset(str(ROOT / "leakzoo"))
+    labels = zoo["train"].features["label"]
+    known = set(labels.int2str(zoo["train"]["label"][:]))
+    unknown = set(labels.int2str(zoo["unknown"]["label"][:]))
+    assert len(known) >= 7
+    assert len(unknown) >= 3
+    assert "real" in known
+    assert not known & unknown
+    photos = [set(zoo[split]["photo"]) for split in ("train", "validation", "test")]
+    assert not (photos[0] & photos[1] | photos[0] & photos[2] | photos[1] & photos[2])
+    sizes = {"train": 150, "validation": 50, "test": 80, "unknown": 80}
+    for split, size in sizes.items():
+        counts = np.bincount(zoo[split]["label"])
+        assert set(counts[counts > 0]) == {size}
+        assert {image.size for image in zoo[split]["image"][::50]} == {(64, 64)}
+        assert {(image.format, image.mode) for image in zoo[split]["image"][::50]} == {("PNG", "RGB")}
+    assert sum(path.stat().st_size for path in (ROOT / "leakzoo").glob("*.parquet")) <= 16e6

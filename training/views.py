@@ -1,0 +1,97 @@
+"""Which views of the training images are cached, and which of them an image shows."""
+
+from dataclasses import dataclass
+
+import torch
+from datasets import DatasetDict
+from torch.utils.data import ConcatDataset, Dataset
+
+from .latents import LatentCache, LatentDataset, View
+
+
+def training_views(orientations: int, augmented_views: int) -> list[View]:
+    """
+    Args:
+        orientations (`int`): Of the untouched image, itself first.
+        augmented_views (`int`): Further ones, post-processed by 1 to 3 random operators in turn.
+    """
+    untouched = [View(orientation) for orientation in range(orientations)]
+    processed = [View(i % orientations, f"step{1 + i % 3}", seed=i) for i in range(augmented_views)]
+    return untouched + processed
+
+
+class RandomView(Dataset):
+    """One of several views of each image, and one of its crops, drawn anew each time."""
+
+    def __init__(self, views: list[LatentDataset]):
+        self.views, self.labels = views, views[0].labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, label = self.views[int(torch.randint(len(self.views), ()))][index]
+        if latents.ndim == 4:
+            latents = latents[int(torch.randint(len(latents), ()))]
+        return latents, label
+
+
+class ViewsInTurn(Dataset):
+    """One view of each image, always the same: of image i that at place i modulo the number of views."""
+
+    def __init__(self, views: list[LatentDataset]):
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.views[index % len(self.views)][index]
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """
+    A data set's images as latents, each split as a map-style data set of latents and label.
+
+    Args:
+        train ([`RandomView`]): What the network learns from, in all views.
+        untouched ([`LatentDataset`]): The training images as they are.
+        known, validation (`torch.utils.data.Dataset`): What the open-set detector is fitted on and calibrated
+            by: each image as it is, and where training sees post-processed ones, post-processed once as well.
+            `validation` also tells which weights are best.
+        test ([`LatentDataset`]), unknown ([`LatentDataset`], *optional*): As they are.
+    """
+
+    train: RandomView
+    untouched: LatentDataset
+    known: Dataset
+    validation: Dataset
+    test: LatentDataset
+    unknown: LatentDataset | None
+
+
+def encode_splits(
+    splits: DatasetDict, cache: LatentCache, orientations: int, augmented_views: int, seed: int
+) -> EncodedSplits:
+    """
+    Args:
+        splits (`DatasetDict`): From [`load_splits`].
+        cache ([`LatentCache`]): Encodes what is not at hand.
+        orientations, augmented_views (`int`): See [`training_views`].
+        seed (`int`): Of what is done to the post-processed validation images.
+    """
+    views = cache.encode_views(splits["train"], training_views(orientations, augmented_views))
+    known = [views[View()]]
+    validation = [cache.encode(splits["validation"])]
+    if processed := [latents for view, latents in views.items() if view.operator is not None]:
+        known.append(ViewsInTurn(processed))
+        validation.append(cache.encode(splits["validation"], View(operator="step2", seed=seed)))
+    return EncodedSplits(
+        train=RandomView(list(views.values())),
+        untouched=views[View()],
+        known=ConcatDataset(known),
+        validation=ConcatDataset(validation),
+        test=cache.encode(splits["test"]),
+        unknown=cache.encode(splits["unknown"]) if "unknown" in splits else None,
+    )
