@@ -1,6 +1,7 @@
-"""README's snippets do what README says: each is taken from README and run in a copy of the repository."""
+"""README and docs/ say what is so: each snippet is taken from its page and run in a copy of the clone."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,12 +9,53 @@ import sys
 from pathlib import Path
 
 import pytest
+from protoleak.cli import main
 
 from . import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SHELL = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+LINKING = (*PAGES, *(ROOT / name / "README.md" for name in ("leakzoo", "evaluate_protoleak")))
+LINKING += (ROOT / "benchmarks/RESULTS.md",)
+TEST_COMMAND = 'pip install -e ".[test]" && pytest'
+EXTRAS = {
+    "plot": ["matplotlib"],
+    "demo": ["gradio"],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "provenance": ["c2pa"],
+}
+# a piece of each snippet, by which the tests below find it; none is left out
+SNIPPETS = {
+    "python": {
+        "README.md": ["transformers import pipeline"],
+        "usage.md": ["explain=True", "AutoModelForImageClassification", "DiffusionPipeline", "evaluate.load"],
+        "publishing.md": ["upload_folder"],
+    },
+    "bash": {
+        "README.md": ["protoleak attribute examples/", TEST_COMMAND],
+        "usage.md": ["--table records.csv", "protoleak explain", "protoleak export"],
+        "training.md": ["train.py --dataset", "train.py --model", "protoleak enroll", "protoleak evaluate"],
+    },
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def snippet(name: str, marker: str, language: str = "bash") -> str:
+    """The one snippet of a page that has the marker."""
+    page = next(page for page in PAGES if page.name == name)
+    texts = [text for text in blocks(page, language) if marker in text]
+    assert len(texts) == 1, f"{name} should have one snippet with {marker!r}, and has {len(texts)}"
+    return texts[0]
+
+
+def extras_of(name: str, text: str) -> set[str]:
+    """The extras that a page's section names before a snippet."""
+    page = next(page for page in PAGES if page.name == name).read_text(encoding="utf-8")
+    section = page[: page.index(text)].rsplit("\n## ", 1)[-1]
+    return set(re.findall(r"extra `(\w+)`", section))
 
 
 @pytest.fixture(scope="module")
@@ -23,51 +65,82 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def snippet(snippets: list[str], marker: str) -> str:
-    """The one snippet that has the marker."""
-    found = [text for text in snippets if marker in text]
-    assert len(found) == 1, f"README should have one snippet with {marker!r}, and has {len(found)}"
-    return found[0]
+@pytest.fixture
+def run(copy, tmp_path):
+    """Runs a command in the copy as if no extra were installed but those that the snippet's section names."""
+
+    def run(command: list[str], extras: set[str] = frozenset()) -> str:
+        missing = [module for extra in EXTRAS.keys() - extras for module in EXTRAS[extra]]
+        (tmp_path / "sitecustomize.py").write_text(
+            f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+        )
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
+        result = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
-def run(command: list[str], folder: Path) -> str:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.mark.parametrize("language", SNIPPETS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_snippet_is_left_out(page, language):
+    markers = SNIPPETS[language].get(page.name, [])
+    assert len(blocks(page, language)) == len(markers)
+    for marker in markers:
+        snippet(page.name, marker, language)
 
 
-@pytest.mark.parametrize(
-    ("marker", "printed"),
-    [
-        ("transformers import pipeline", "0."),
-        ("AutoModelForImageClassification", "tensor"),
-        ("DiffusionPipeline", "torch.Size([2,"),
-        ("evaluate.load", "'macro_auc': 1.0"),
-    ],
-)
-def test_a_python_snippet(copy, marker, printed):
-    assert printed in run([sys.executable, "-c", snippet(PYTHON, marker)], copy)
+def test_python_snippets(run):
+    """One after the other in one process, README's first; none needs an extra."""
+    expected = [
+        ("README.md", "transformers import pipeline", "ldm 0."),
+        ("usage.md", "explain=True", "ldm ldm\n"),
+        ("usage.md", "AutoModelForImageClassification", "tensor"),
+        ("usage.md", "DiffusionPipeline", "torch.Size([2,"),
+        ("usage.md", "evaluate.load", "'macro_auc': 1.0"),
+    ]
+    texts = [snippet(page, marker, "python") for page, marker, _ in expected]
+    output = run([sys.executable, "-c", "\n".join(f"exec({text!r}, {{}}); print('=====')" for text in texts)])
+    for printed, (_, marker, wanted) in zip(output.split("=====\n"), expected, strict=False):
+        assert wanted in printed, marker
 
 
 def test_publishing_uploads_the_checkpoint(monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: calls.append((a, k)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, *a, **k: calls.append((a, k)))
-    exec(snippet(PYTHON, "upload_folder"), {})
+    exec(snippet("publishing.md", "upload_folder", "python"), {})
     assert calls[1] == ((), {"repo_id": "you/your-model", "folder_path": "runs/mine"})
 
 
-def test_the_first_command_attributes_the_examples(copy):
-    install, command = snippet(SHELL, "protoleak attribute examples/").strip().split(" && ")
+def test_the_first_commands_attribute_the_examples(copy, run):
+    install, command = snippet("README.md", "protoleak attribute examples/").strip().splitlines()
     assert install == "pip install -e ."
-    output = run(command.split(), copy)
+    lines = run(command.split()).splitlines()
     files = sorted(path.name for path in (copy / "examples").iterdir())
-    assert len(files) >= 12
-    assert [line.split()[0] for line in output.splitlines()] == files
-    assert output.strip() in README, "README shows what the command prints"
+    assert [line.split()[0] for line in lines] == files
+    assert len(files) == 13, "README says of how many lines it shows four"
+    [shown] = re.findall(r"```\n(\w+\.png .*?)\n```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert set(shown.splitlines()) <= set(lines), "README shows what the command prints"
+    assert len(shown.splitlines()) == 4
+    truths = [re.match(r"unknown|.*(?=_\d+\.png)", line)[0] for line in shown.splitlines()]
+    verdicts = [re.search(r"p\(known\) \S+ +(.*) \(", line)[1] for line in shown.splitlines()]
+    wrong = [verdict for truth, verdict in zip(truths, verdicts, strict=True) if truth != verdict]
+    assert len(wrong) == 2, "README says that two of its lines are wrong"
 
 
-def test_training_and_enrolling_commands(copy):
+def test_the_test_command_stands_where_ci_looks_for_it():
+    look = "sed -n '/<!-- test command -->/,/```$/p' README.md | sed -n '/^pip install/p'"
+    assert look in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    result = subprocess.run(["bash", "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == TEST_COMMAND
+
+
+def test_training_and_enrolling_commands(copy, run):
     """FOLDER is a small data set, IMAGES and NAME some of the examples."""
     for split, count in {"train": 4, "validation": 2, "test": 2}.items():
         for label in ("real", "mine"):
@@ -76,44 +149,85 @@ def test_training_and_enrolling_commands(copy):
                 example = sorted((copy / "examples").iterdir())[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
     examples = " ".join(f"examples/{path.name}" for path in sorted((copy / "examples").iterdir())[:3])
-    markers = ("train.py --dataset_name", "--dataset_name leakzoo FOLDER", "protoleak enroll")
-    for command in "".join(snippet(SHELL, marker) for marker in markers).strip().splitlines():
+    markers = ("train.py --dataset", "train.py --model", "protoleak enroll")
+    for command in "".join(snippet("training.md", marker) for marker in markers).strip().splitlines():
         command = re.sub(r"IMAGES(\.\.\.)?", examples, command).replace("python ", f"{sys.executable} ")
         short = " --num_train_epochs 1 --orientations 1 --augmented_views 0"
         command += short if "train.py" in command else ""
-        run(command.split(), copy)
+        run(command.split())
     assert (copy / "runs/mine/README.md").exists()
     assert (copy / "runs/enrolled/density.pkl").exists()
     labels = json.loads((copy / "runs/more/config.json").read_text())["id2label"].values()
     assert {"real", "ldm", "mine"} < set(labels)
 
 
-def test_folder_reason_and_export_commands(copy):
+def test_folder_reason_and_export_commands(copy, run):
     (copy / "FOLDER2").mkdir()
     for path in sorted((copy / "examples").iterdir())[:2]:
         shutil.copy(path, copy / "FOLDER2")
-    scan = snippet(SHELL, "--table records.csv").strip().replace("FOLDER", "FOLDER2")
-    run(scan.split(), copy)
+    scan = snippet("usage.md", "--table records.csv").strip().replace("FOLDER", "FOLDER2")
+    run(scan.split())
     assert len((copy / "records.jsonl").read_text().splitlines()) == 2
     assert len((copy / "records.csv").read_text().splitlines()) == 3
-    explain, report, page = snippet(SHELL, "protoleak explain").strip().splitlines()
-    assert "attention over timesteps" in run(explain.split(), copy)
-    assert "13 images, 0 of which" in run(report.split(), copy)
+    reasons = snippet("usage.md", "protoleak explain")
+    explain, report, page = reasons.strip().splitlines()
+    extras = extras_of("usage.md", reasons)
+    assert "attention over timesteps" in run(explain.split(), extras)
+    assert "13 images, 0 of which" in run(report.split(), extras)
     assert page == "python app.py"  # test_app.py starts it
-    run(snippet(SHELL, "protoleak export").strip().split(), copy)
+    export = snippet("usage.md", "protoleak export")
+    run(export.split(), extras_of("usage.md", export))
     assert (copy / "runs/model.onnx").stat().st_size > 1_000_000
 
 
 def test_the_figures_are_those_of_the_bundled_checkpoint():
     measured = json.loads((ROOT / "metrics.json").read_text())["splits"]["test"]
+    text = README.read_text(encoding="utf-8")
     for name in ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate", "unknown_rejected"):
         low, high = measured["intervals"][name]
-        assert f"| {measured['metrics'][name]:.3f} [{low:.3f}, {high:.3f}] |" in README, name
+        assert f"| {measured['metrics'][name]:.3f} [{low:.3f}, {high:.3f}] |" in text, name
 
 
-def test_measuring_commands(copy):
-    for command in snippet(SHELL, "protoleak evaluate").strip().splitlines():
-        assert run(command.split(), copy).startswith(("560 test images", "| operator"))
+def test_measuring_commands(copy, run):
+    text = snippet("training.md", "protoleak evaluate")
+    for command in text.strip().splitlines():
+        printed = run(command.split(), extras_of("training.md", text))
+        assert printed.startswith(("560 test images", "| operator"))
     assert {path.name for path in (copy / "runs/figures").iterdir()} == {
         "evaluation.json", "evaluation.md", "robustness.json", "robustness.md", "robustness.png", "figures",
     }  # fmt: skip
+
+
+def test_the_keys_of_a_record_are_documented(capsys):
+    """records.md has three tables: the record, what the command adds, the explanation."""
+    page = (ROOT / "docs/records.md").read_text(encoding="utf-8")
+    tables = re.findall(r"\| key \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page)
+    record, added, explanation = (
+        {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+        for table in tables
+    )
+    assert main(["explain", str(ROOT / "examples/ldm_1.png"), "--format", "json"]) == 0
+    keys = json.loads(capsys.readouterr().out)
+    assert set(keys["explanation"]) == explanation
+    assert set(keys) == record | added | {"explanation"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, fragment = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not fragment or fragment in anchors(target), f"{page.name}: {link}"
+
+
+def test_readme_is_short():
+    assert len(README.read_bytes()) <= 8000
