@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, zip_longest
@@ -224,23 +225,15 @@ def scan(
     counts = {"files": 0, "done": 0, "written": 0, "failed": 0}
     hidden = quiet or not state.is_main_process or not os.isatty(2)
 
-    def files() -> "Iterator[Path | Row]":
-        for file in tqdm(mine, unit="image", disable=hidden):
-            counts["files"] += 1
-            yield file
-
-    stream = own.open("a", encoding="utf-8") if own else None
-    try:
-        for record in attributor.records(files(), batch_size, workers, done):
+    files = _counted(tqdm(mine, unit="image", disable=hidden), counts)
+    with own.open("a", encoding="utf-8") if own else nullcontext() as stream:
+        for record in attributor.records(files, batch_size, workers, done):
             if stream:
                 stream.write(json.dumps(record) + "\n")
                 stream.flush()
             counts["written"] += 1
             counts["failed"] += record["error"] is not None
             on_record(record)
-    finally:
-        if stream:
-            stream.close()
     counts["done"] = counts["files"] - counts["written"]
     state.wait_for_everyone()
     if state.num_processes > 1:
@@ -248,6 +241,12 @@ def scan(
         if target and state.is_main_process:
             _join(target, state.num_processes)
     return counts
+
+
+def _counted(files: "Iterable[Path | Row]", counts: dict[str, int]) -> "Iterator[Path | Row]":
+    for file in files:
+        counts["files"] += 1
+        yield file
 
 
 def _share(

@@ -270,6 +270,25 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
         assert words in printed
 
 
+def test_the_page_examines_uploads_and_tells_nobody_where_it_keeps_them(checkpoint, image, tmp_path):
+    """Its functions, without a browser; test_app.py opens it in one."""
+    gradio = pytest.importorskip("gradio")
+    page = pytest.importorskip("protoleak.forensics.page")
+    examiner = Examiner(str(checkpoint))
+    (tmp_path / "bad.png").write_text("no image")
+    verdicts, reasons, report = page.examine_uploads(examiner, [str(image), str(tmp_path / "bad.png")])
+    assert [name for name, _ in verdicts] == ["photo.png", "bad.png"]
+    assert "could not be examined" in verdicts[1][1]
+    assert str(tmp_path) not in verdicts[1][1]
+    assert {name for name, _ in reasons} == {"photo.png"}
+    with open(report, encoding="utf-8") as file:
+        assert "To repeat this examination" in file.read()
+    for files, message in ((None, "at least one"), ([str(image)] * 21, "At most 20")):
+        with pytest.raises(gradio.Error, match=message):
+            page.examine_uploads(examiner, files)
+    assert "This model knows real, a, b." in str(page.make_page(examiner).get_config_file())
+
+
 # --- figures ------------------------------------------------------------------------------------------------
 
 
