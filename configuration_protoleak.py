@@ -2,11 +2,13 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-POOLINGS = ("mean", "statistics")
+POOLINGS = ("mean", "statistics", "texture")
 FEATURES = ("embeddings", "statistics")
 OPEN_SET_SCORES = ("kde", "l2_kde", "l2_mahalanobis")
+LARGEST_SCALE = 8
 LARGEST = 65536  # of any size, so that a hostile config can't ask for all memory
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+SIZES = ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps", "patch_size")
 NUMBERS = (
     "time_dropout", "feature_dropout", "attention_entropy_weight", "alpha", "beta_start", "beta_end",
 )  # fmt: skip
@@ -34,7 +36,14 @@ class ProtoLeakConfig(PreTrainedConfig):
         pooling (`str`, defaults to `"mean"`):
             How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or
             `"statistics"`, moments, cross-channel correlations and neighbour autocorrelations over the grid,
-            of the latents beside those of the features, and the latents' partial correlations.
+            of the latents beside those of the features, and the latents' partial correlations; or
+            `"texture"`, co-occurrences of residuals and the log covariance of neighbouring latents, without a
+            backbone; it needs `latent_whitening`.
+        scales (`list[int]`, defaults to `[1]`): By what images are reduced before the VAE encodes them: each
+            adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8.
+        patch_size (`int`, defaults to 1):
+            Side of the patches of the plane that latents stand for, `patch_size ** 2` channels a plane, with
+            `pooling="texture"`: 1 where every channel is a plane of its own.
         embedding_size (`int`, defaults to 128): D, at least 1.
         latent_channels (`int`, defaults to 4): Channels of the VAE's latents, at least 1.
         latent_whitening (`bool`, defaults to `False`):
@@ -87,6 +96,8 @@ class ProtoLeakConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     keep_resolution: bool = False
     pooling: str = "mean"
+    scales: list[int] | tuple[int, ...] = (1,)
+    patch_size: int = 1
     embedding_size: int = 128
     latent_channels: int = 4
     latent_whitening: bool = False
@@ -111,6 +122,7 @@ class ProtoLeakConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.timesteps, self.temperature_range = list(self.timesteps), list(self.temperature_range)
+        self.scales = list(self.scales)
         self.open_set_scores = {"embeddings": "kde"} if self.open_set_scores is None else self.open_set_scores
         self._validate()
         if self.backbone_config is None:
@@ -148,15 +160,24 @@ class ProtoLeakConfig(PreTrainedConfig):
             len(self.temperature_range) == 2 and 0 < self.temperature_range[0] < self.temperature_range[1]
         )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
+        scales = all(_is_int(s) and 1 <= s <= LARGEST_SCALE for s in self.scales)
+        scales = scales and len(set(self.scales)) == len(self.scales) > 0
+        self._require("scales", scales, f"a list of distinct integers within 1 and {LARGEST_SCALE}")
         scores = self.open_set_scores
         known = bool(scores) and set(scores) <= set(FEATURES) and set(scores.values()) <= set(OPEN_SET_SCORES)
         self._require("open_set_scores", known, f"of some of {FEATURES} one of {OPEN_SET_SCORES}")
         self._require("beta_schedule", self.beta_schedule in BETA_SCHEDULES, f"one of {BETA_SCHEDULES}")
-        for name in ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps"):
+        for name in SIZES:
             within = _is_int(getattr(self, name)) and 1 <= getattr(self, name) <= LARGEST
             self._require(name, within, f"an integer within 1 and {LARGEST}")
         for name in NUMBERS:
             self._require(name, isinstance(getattr(self, name), int | float), "a number")
+        if self.pooling == "texture":
+            self._require("latent_whitening", self.latent_whitening, 'true with pooling="texture"')
+            fits = self.latent_channels % self.patch_size**2 == 0
+            self._require("patch_size", fits, f"one whose square divides {self.latent_channels} latent channels")
+            statistics = "statistics" in scores
+            self._require("open_set_scores", not statistics, 'of embeddings alone with pooling="texture"')
         self._require(
             "noise_seed", _is_int(self.noise_seed) and self.noise_seed >= 0, "an integer of at least 0"
         )

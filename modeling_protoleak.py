@@ -3,37 +3,34 @@ Proto-LeakNet: image attribution from signal leaks in the latents of a diffusion
 
 After "Proto-LeakNet: Towards Signal-Leak Aware Attribution in Synthetic Human Face Imagery"
 (Giusti, Guarnera, Battiato, arXiv 2511.04260). B, T, K, M, D in shape comments: batch, timesteps, classes,
-prototypes a class, embedding size; V: crops (views) of an image; C, H, W: latent channels, height, width.
+prototypes a class, embedding size; V: crops (views) of an image; S: scales; P: pooled features; C, H, W:
+latent channels, height, width.
 """
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, schedule_of
 from .configuration_protoleak import ProtoLeakConfig
 from .density_protoleak import DetectorMixin
+from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain, keep_thumbnails
-from .statistics_protoleak import (
-    LatentWhitening,
-    fit_discriminant,
-    grid_statistics,
-    normalise_contrast,
-    partial_correlations,
-)
+from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
+from .texture_protoleak import PrincipalPlane
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
+FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
 
 
@@ -46,14 +43,20 @@ class ProtoLeakModelOutput(ModelOutput):
     Args:
         embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): h, attended over timesteps.
         gates (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): w in (0, 1), attended alike.
-        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_timesteps)`): alpha, each row sums to
-            1.
-        statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`):
-            [`grid_statistics`] of the re-simulated latents, attended alike.
+        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_scales * num_timesteps)`): alpha, by
+            scale, then timestep; each row sums to 1.
+        statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`, *optional*):
+            [`grid_statistics`] of the re-simulated latents, attended alike; not with `pooling="texture"`.
         noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
         *optional*):
-            z_t, with `output_noisy_latents=True`. With several crops an image, there is a dimension of crops
-            after the first.
+            z_t at the first scale, with `output_noisy_latents=True`. With several crops an image, there is a
+            dimension of crops after the first.
+        features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
+            What [`LeakEncoder.pool`] gives, averaged over crops by their weights.
+        crop_weights (`torch.FloatTensor` of shape `(batch_size, num_crops)`, *optional*): The crops' shares
+            in that average, with several crops an image.
+        crop_features (`torch.FloatTensor` of shape `(batch_size, num_crops, num_scales, num_timesteps,
+        num_features)`, *optional*): The same of each crop, with several.
     """
 
     embeddings: torch.FloatTensor | None = None
@@ -61,6 +64,9 @@ class ProtoLeakModelOutput(ModelOutput):
     temporal_weights: torch.FloatTensor | None = None
     statistics: torch.FloatTensor | None = None
     noisy_latents: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    crop_weights: torch.FloatTensor | None = None
+    crop_features: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -78,7 +84,9 @@ class ImageAttributionOutput(ModelOutput):
             class".
         class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
             Label-conditional conformal p of each class.
-        embeddings, gates, temporal_weights, statistics, noisy_latents: As in [`ProtoLeakModelOutput`].
+        crop_logits (`torch.FloatTensor` of shape `(batch_size, num_crops, num_labels)`, *optional*): Class
+            scores of each crop alone, like `logits`, with several crops an image.
+        Others: As in [`ProtoLeakModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -91,6 +99,10 @@ class ImageAttributionOutput(ModelOutput):
     temporal_weights: torch.FloatTensor | None = None
     statistics: torch.FloatTensor | None = None
     noisy_latents: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    crop_weights: torch.FloatTensor | None = None
+    crop_features: torch.FloatTensor | None = None
+    crop_logits: torch.FloatTensor | None = None
 
 
 # --- the parts of the network -------------------------------------------------------------------------------
@@ -120,55 +132,18 @@ def forward_diffusion(
     return noisy / sigma if sigma_normalization else noisy
 
 
-class LeakEncoder(nn.Module):
-    """One noisy latent to one embedding, the same for all timesteps: backbone, pooling, projection."""
-
-    def __init__(self, config: ProtoLeakConfig):
-        super().__init__()
-        self.pooling = config.pooling
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
-        if config.keep_resolution:
-            stem, width = self.backbone.embedder, config.backbone_config.embedding_size
-            stem.embedder.convolution = nn.Conv2d(config.latent_channels, width, 3, padding=1, bias=False)
-            stem.pooler = nn.Identity()
-        channels = self.backbone.channels[-1]
-        if config.pooling == "statistics":
-            latent = config.latent_channels
-            size = 7 * latent + latent * (latent - 1) + 6 * channels + channels * (channels - 1) // 2
-            self.norm = nn.BatchNorm1d(size, affine=False)
-            self.projection = nn.Linear(size, config.embedding_size)
-        else:
-            self.norm = nn.Identity()
-            self.projection = nn.Linear(channels, config.embedding_size)
-        self.dropout = nn.Dropout(config.feature_dropout)
-
-    @torch.no_grad()
-    def normalise(self, pooled: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Fit `norm`, where there is one, to pooled features (n, F); these and others, normalised by it."""
-        if isinstance(self.norm, nn.BatchNorm1d):
-            self.norm.running_mean.copy_(pooled.mean(dim=0))
-            self.norm.running_var.copy_(pooled.var(dim=0))
-        norm = copy.deepcopy(self.norm).to(pooled.device).eval()
-        return tuple(norm(features) for features in (pooled, *others))
-
-    def pool(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) -> pooled features (N, F), and the latents' own [`grid_statistics`] (N, S)"""
-        features = self.backbone(latents).feature_maps[-1]
-        statistics = grid_statistics(latents)
-        if self.pooling == "mean":
-            return features.mean(dim=(2, 3)), statistics
-        # of the latents beside those of the features that the backbone finds in them
-        described = [statistics, partial_correlations(latents), grid_statistics(features)]
-        return torch.cat(described, dim=1), statistics
-
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) -> embeddings (N, D), and the latents' own [`grid_statistics`] (N, S)"""
-        pooled, statistics = self.pool(latents)
-        return self.projection(self.dropout(self.norm(pooled))), statistics
+def evidence(latents: torch.Tensor) -> torch.Tensor:
+    """
+    How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
+    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
+    (N, C, H, W) -> (N,)
+    """
+    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
+    return (deviation / FULL_EVIDENCE).clamp_max(1)
 
 
 class TemporalAttention(nn.Module):
-    """alpha = softmax over timesteps of a learned query on h_t, with whole timesteps dropped in training."""
+    """alpha = softmax over scales and timesteps of a learned query on h_t, with some dropped in training."""
 
     def __init__(self, embedding_size: int, time_dropout: float):
         super().__init__()
@@ -176,11 +151,11 @@ class TemporalAttention(nn.Module):
         self.time_dropout = time_dropout
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T)"""
+        """(B, ST, D) -> (B, ST)"""
         scores = embeddings @ self.query.to(embeddings) / math.sqrt(embeddings.shape[-1])
         if self.training and self.time_dropout > 0:
             dropped = torch.rand_like(scores) < self.time_dropout
-            dropped &= ~dropped.all(dim=1, keepdim=True)  # an image keeps at least one timestep
+            dropped &= ~dropped.all(dim=1, keepdim=True)  # an image keeps at least one
             scores = scores.masked_fill(dropped, -torch.inf)
         return scores.softmax(dim=1)
 
@@ -267,6 +242,9 @@ class ProtoLeakPreTrainedModel(CheckpointMixin, PreTrainedModel):
         elif isinstance(module, LatentWhitening):
             init.zeros_(module.mean)
             init.eye_(module.matrix)
+        elif isinstance(module, PrincipalPlane):
+            init.eye_(module.readout)
+            init.zeros_(module.offset)
         elif isinstance(module, PrototypeHead):
             init.normal_(module.prototypes, std=0.5)
             init.zeros_(module.temperature_logit)
@@ -294,11 +272,29 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """z_0, by [`encode_with`] the VAE: (..., 3, h, w) in [-1, 1] -> (..., C, H, W), float32"""
+    def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """
+        z_0 at each of the config's scales, by [`encode_with`] the VAE: (..., 3, h, w) in [-1, 1] -> for each
+        scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares.
+        """
         if self.vae is None:
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
-        return encode_with(self.vae, pixel_values.flatten(0, -4)).unflatten(0, pixel_values.shape[:-3])
+        flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
+        pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
+        return [encode_with(self.vae, pixels).unflatten(0, views) for pixels in pyramid]
+
+    def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
+        """
+        Fit what whitens latents, and what reads their plane of greatest variance, where the config has them.
+
+        Args:
+            batches: z_0 of training images at the first scale, batch by batch, each (N, C, H, W).
+        """
+        if self.whitening is not None:
+            covariance = self.whitening.fit(batches).to(self.device)
+            if self.config.pooling == "texture":
+                mean, matrix = self.whitening.mean.double(), self.whitening.matrix.double()
+                self.encoder.plane.fit(mean, covariance, matrix)
 
     def set_scheduler(self, scheduler) -> None:
         """Take over a diffusers scheduler's noise schedule; the config says so from then on."""
@@ -332,7 +328,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
-        latents: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | Sequence[torch.FloatTensor] | None = None,
+        features: torch.FloatTensor | None = None,
         output_noisy_latents: bool = False,
         return_dict: bool | None = None,
         **kwargs,
@@ -341,47 +338,79 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
                 In [-1, 1], from [`ProtoLeakImageProcessor`]; with several crops an image `(batch_size,
-                num_crops, 3, height, width)`, whose embeddings are averaged.
+                num_crops, 3, height, width)`, whose features are averaged by [`evidence`].
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`):
-                z_0 from [`~ProtoLeakModel.encode`], instead of `pixel_values`; crops as above.
+                z_0 from [`~ProtoLeakModel.encode`], instead of `pixel_values`; crops as above. With several
+                scales a list, one for each.
+            features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
+                What was pooled before, see [`ProtoLeakModelOutput`], instead of either.
 
         Raises:
-            ValueError: both or neither of them given, or another number of dimensions.
+            ValueError: none or more than one of them given, or another number of dimensions.
         """
-        if (pixel_values is None) == (latents is None):
-            raise ValueError("pass either pixel_values or latents")
-        latents = self.encode(pixel_values) if latents is None else latents
-        if latents.ndim not in (4, 5):
-            raise ValueError(
-                f"images must be (batch, channels, height, width), crops if any after the batch; "
-                f"got shape {tuple((pixel_values if pixel_values is not None else latents).shape)}"
-            )
-        views = latents.shape[1:-3]  # () or (V,)
-        noisy = self.simulate(latents.flatten(0, -4))  # (BV, T, C, H, W)
-        encoded = self.encoder(noisy.flatten(0, 1).to(self.dtype))
-        embeddings, statistics = (x.unflatten(0, noisy.shape[:2]) for x in encoded)  # (BV, T, D), (BV, T, S)
-        gates = self.gate(embeddings)
-        weights = self.attention(embeddings)  # (BV, T)
+        if sum(given is not None for given in (pixel_values, latents, features)) != 1:
+            raise ValueError("pass one of pixel_values, latents and features")
+        described = {"features": features}
+        if features is None:
+            latents = self.encode(pixel_values) if latents is None else latents
+            pyramid = [latents] if isinstance(latents, torch.Tensor) else list(latents)
+            described = self.describe(pyramid, output_noisy_latents)
+        features = described["features"].to(self.device)
+        embeddings = self.encoder(features)  # (B, ST, D)
+        gates, weights = self.gate(embeddings), self.attention(embeddings)  # (B, ST, D), (B, ST)
+        statistics = self.encoder.statistics(features.flatten(1, 2))
         attended = [
-            torch.einsum("bt,btd->bd", weights, x.to(weights)) for x in (embeddings, gates, statistics)
+            None if x is None else torch.einsum("bt,btd->bd", weights, x.to(weights))
+            for x in (embeddings, gates, statistics)
         ]
-        if views:
-            *attended, weights = (x.unflatten(0, latents.shape[:2]).mean(dim=1) for x in (*attended, weights))
+        names = ("embeddings", "gates", "statistics")
         output = ProtoLeakModelOutput(
-            embeddings=attended[0],
-            gates=attended[1],
-            temporal_weights=weights,
-            statistics=attended[2],
-            noisy_latents=noisy.unflatten(0, latents.shape[:-3]) if output_noisy_latents else None,
+            **dict(zip(names, attended, strict=True)), temporal_weights=weights, **described
         )
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def simulate(self, latents: torch.Tensor) -> torch.Tensor:
-        """z_0 to z_t at the config's timesteps: (N, C, H, W) -> (N, T, C, H, W)"""
+    def describe(
+        self, pyramid: list[torch.Tensor], output_noisy_latents: bool = False
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        The fields of [`ProtoLeakModelOutput`] from `noisy_latents` on, from z_0 at each scale, (B, C, H, W)
+        or (B, V, C, H, W) each. Of several crops those without evidence are not looked at.
+        """
+        views, scales = pyramid[0].shape[:-3], len(self.config.scales)
+        if len(views) not in (1, 2) or len(pyramid) != scales:
+            shapes = [tuple(latents.shape) for latents in pyramid]
+            raise ValueError(
+                f"latents must be (batch, channels, height, width), crops if any after the batch, one for "
+                f"each of {scales} scales; got shapes {shapes}"
+            )
+        whitened = [self.whiten(latents.flatten(0, -4)) for latents in pyramid]
+        weights, chosen = None, slice(None)
+        if len(views) == 2:
+            weights = evidence(whitened[0]).view(views)
+            weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, 1.0)
+            chosen = weights.flatten().nonzero()[:, 0]
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        noisy = [self.simulate(latents[chosen]) for latents in whitened]  # (BV, T, C, H, W) each
+        pooled = [self.encoder.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in noisy]
+        features = torch.stack(pooled, dim=1)  # (BV, S, T, P)
+        described = {"features": features, "noisy_latents": None}
+        if len(views) == 2:
+            crops = features.new_zeros(len(whitened[0]), *features.shape[1:]).index_copy(0, chosen, features)
+            crops = crops.unflatten(0, views)
+            described |= {"crop_weights": weights, "crop_features": crops}
+            described["features"] = torch.einsum("bv,bvstp->bstp", weights, crops)
+        if output_noisy_latents:
+            described["noisy_latents"] = self.simulate(whitened[0]).unflatten(0, views)
+        return described
+
+    def whiten(self, latents: torch.Tensor) -> torch.Tensor:
+        """z_0 as it is noised, (N, C, H, W) -> (N, C, H, W)"""
         latents = latents.to(self.device, torch.float32)
-        if self.whitening is not None:
-            latents = self.whitening(latents)
+        return latents if self.whitening is None else self.whitening(latents)
+
+    def simulate(self, latents: torch.Tensor) -> torch.Tensor:
+        """Whitened z_0 to z_t at the config's timesteps: (N, C, H, W) -> (N, T, C, H, W)"""
         if self.config.contrast_normalization:
             latents = normalise_contrast(latents)
         noise = self._noise(latents)
@@ -409,7 +438,8 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
-        latents: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | Sequence[torch.FloatTensor] | None = None,
+        features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_noisy_latents: bool = False,
         return_dict: bool | None = None,
@@ -417,12 +447,12 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     ) -> ImageAttributionOutput | tuple:
         r"""
         Args:
-            pixel_values, latents: As in [`ProtoLeakModel`].
+            pixel_values, latents, features: As in [`ProtoLeakModel`].
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes 0..K-1, for the loss:
                 cross-entropy plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention
                 from collapsing.
         """
-        output = self.classify(pixel_values, latents, labels, output_noisy_latents)
+        output = self.classify(pixel_values, latents, features, labels, output_noisy_latents)
         if self.detector is not None and not self.training:  # the boundary: NumPy from here on
             output = ImageAttributionOutput(**output, **self.detector.verdict(output))
         return_dict = return_dict if return_dict is not None else self.config.return_dict
@@ -431,18 +461,23 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     def classify(
         self,
         pixel_values: torch.FloatTensor | None = None,
-        latents: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | Sequence[torch.FloatTensor] | None = None,
+        features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         output_noisy_latents: bool = False,
     ) -> ImageAttributionOutput:
         """[`~ProtoLeakForImageAttribution.forward`] but for the open-set verdict: pure torch."""
-        model = self.protoleak(pixel_values, latents, output_noisy_latents, return_dict=True)
+        model = self.protoleak(pixel_values, latents, features, output_noisy_latents, return_dict=True)
         logits, loss = self.head(model.embeddings, model.gates), None
         if labels is not None:
             loss = F.cross_entropy(logits, labels) + self._attention_loss(model.temporal_weights)
         if self.detector is not None and not self.training:
             logits = logits / self.detector.temperature_
-        return ImageAttributionOutput(loss=loss, logits=logits, **model)
+        output = ImageAttributionOutput(loss=loss, logits=logits, **model)
+        if model.crop_features is not None and not self.training:
+            crops = self.classify(features=model.crop_features.flatten(0, 1)).logits
+            output.crop_logits = crops.unflatten(0, model.crop_weights.shape)
+        return output
 
     def _attention_loss(self, weights: torch.Tensor) -> torch.Tensor:
         weights = weights.float()
@@ -450,40 +485,22 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 
     @torch.no_grad()
-    def initialise_as_discriminant(
-        self,
-        features: torch.Tensor,
-        labels: torch.Tensor,
-        held_out: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> dict[str, float]:
+    def initialise_as_discriminant(self, discriminants: list[Discriminant], scales: list[float]) -> None:
         """
-        Make a new network a shrunk linear discriminant of its pooled features, from where it learns on: the
-        projection's first dimensions are those that tell the classes apart, in units in which a class has
-        unit covariance, and all prototypes of a class begin near its mean; see [`fit_discriminant`].
+        Make a new network linear discriminants of its pooled features, from where it learns on: the first
+        dimensions of the embedding are their projections, and all prototypes of a class begin near its mean.
 
         Args:
-            features (`torch.FloatTensor` of shape `(n, F)`), labels (`torch.LongTensor` of shape `(n,)`):
-                What [`LeakEncoder.pool`] gives for training images, averaged over timesteps, and their
-                classes.
-            held_out (`torch.FloatTensor` of shape `(m, F)`), targets (`torch.LongTensor` of shape `(m,)`):
-                The same of held-out images, which choose shrinkage and scale.
-
-        Returns:
-            `dict` with `shrinkage` and `loss`, the cross-entropy of the held-out images.
+            discriminants (`list[Discriminant]`): One for each of the encoder's families of features, fitted
+                to [`LeakEncoder.family_features`] averaged over timesteps.
+            scales (`list[float]`): What each counts: the factor of its projection.
         """
-        encoder, config = self.protoleak.encoder, self.config
-        features, held_out = encoder.normalise(features, held_out)
-        sizes = config.num_labels, config.embedding_size
-        discriminant = fit_discriminant(features, labels, held_out, targets, *sizes)
         for parameter in self.protoleak.gate.output.parameters():
             parameter.zero_()  # every dimension weighs a half
-        used = discriminant.projection.shape[1]
-        encoder.projection.weight.zero_()[:used] = discriminant.projection.T
-        encoder.projection.bias.zero_()[:used] = -(discriminant.centre @ discriminant.projection)
+        self.protoleak.encoder.begin_as(discriminants, scales)
+        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
         prototypes = self.head.prototypes.normal_(std=0.1)
-        prototypes[..., :used] += discriminant.means[:, None].to(prototypes)
-        return {"shrinkage": discriminant.shrinkage, "loss": discriminant.loss}
+        prototypes[..., : means.shape[1]] += means[:, None].to(prototypes)
 
     @torch.no_grad()
     def explain(self, output: ImageAttributionOutput, num_prototypes: int = 3) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ N, C, H, W in shape comments: latents or feature maps, channels, height, width; 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,10 +145,13 @@ class LatentWhitening(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("matrix", torch.eye(channels))
 
-    def fit(self, batches: Iterable[torch.Tensor]) -> None:
+    def fit(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
         """
         Args:
             batches: z_0 of training images, batch by batch, each (N, C, H, W), crops if any after N.
+
+        Returns:
+            The covariance of latents at their grid positions, (C, C), float64.
         """
         channels = len(self.mean)
         total, products, count = torch.zeros(channels).double(), torch.zeros(channels, channels).double(), 0
@@ -158,12 +161,14 @@ class LatentWhitening(nn.Module):
             products += positions @ positions.T
             count += positions.shape[1]
         mean = total / count
-        variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        covariance = products / count - torch.outer(mean, mean)
+        variances, components = torch.linalg.eigh(covariance)
         largest = components.abs().argmax(dim=0)  # the sign of a component is made the same everywhere
         components = components * components.gather(0, largest[None]).sign()
         floor = 1e-8 * variances.max()  # below is rounding
         self.mean.copy_(mean)
         self.matrix.copy_((components / variances.clamp_min(floor).sqrt()).T)
+        return covariance
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, C, H, W)"""
@@ -180,60 +185,45 @@ def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
 @dataclass
 class Discriminant:
     """
-    A linear discriminant, x -> (x - `centre`) @ `projection`, in units in which a class has unit covariance,
-    times a scale.
+    A linear discriminant, x -> (x - `centre`) @ `projection`, in units in which a class has unit covariance.
 
     Args:
         projection (`torch.DoubleTensor` of shape `(F, A)`): Its axes, A at most K - 1.
         centre (`torch.DoubleTensor` of shape `(F,)`): The mean of the classes' means.
-        means (`torch.DoubleTensor` of shape `(K, A)`): The classes' means, projected.
-        shrinkage (`float`): How far the covariance is drawn to a multiple of the identity.
-        loss (`float`): Cross-entropy of held-out images whose logits are -d^2 / 2, d to each projected mean.
+        means (`torch.DoubleTensor` of shape `(K, A)`): The classes' means, projected; NaN without a sample.
     """
 
     projection: torch.Tensor
     centre: torch.Tensor
     means: torch.Tensor
-    shrinkage: float
-    loss: float
+
+    def squared_distances(self, features: torch.Tensor) -> torch.Tensor:
+        """To each class's mean: (n, F) -> (n, K); infinite where a class has none."""
+        projected = (features.double() - self.centre) @ self.projection
+        return torch.cdist(projected, self.means).square().nan_to_num(nan=torch.inf)
 
 
 def fit_discriminant(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    held_out: torch.Tensor,
-    targets: torch.Tensor,
-    num_labels: int,
-    max_axes: int,
-) -> Discriminant:
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int, shrinkages: Sequence[float], max_axes: int
+) -> list[Discriminant]:
     """
-    The shrunk linear discriminant of features (n, F) with labels 0..K-1 (n,), its shrinkage and scale those
-    that make the held-out features (m, F) with targets (m,) likeliest. Classes count alike, however many
-    samples they have.
-
-    Raises:
-        ValueError: a class has no sample.
+    The shrunk linear discriminants of features (n, F) with labels 0..K-1 (n,), one for each of `shrinkages`:
+    how far the covariance within classes is drawn to a multiple of the identity. Classes count alike,
+    however many samples they have.
     """
-    counts = labels.bincount(minlength=num_labels)
-    if not counts.all():
-        raise ValueError(f"every class needs at least 1 sample; got counts {counts.tolist()}")
-    means = torch.stack([features[labels == k].mean(dim=0) for k in range(num_labels)])
-    weights = 1 / counts[labels] / num_labels
-    deviations = (features - means[labels]) * weights.sqrt()[:, None]
-    covariance, centre = (deviations.T @ deviations).double(), means.double().mean(dim=0)
-    means, held_out = means.double() - centre, held_out.double() - centre
-    best = None
-    for shrinkage in SHRINKAGES:
-        projection = _discriminant_axes(shrunk(covariance, shrinkage), means, max_axes)
-        distances = torch.cdist(held_out @ projection, means @ projection).square()
-        for scale in SCALES:
-            loss = F.cross_entropy(-distances * scale**2 / 2, targets).item()
-            if best is None or loss < best.loss:
-                axes = projection * scale
-                best = Discriminant(axes, centre, means @ axes, shrinkage, loss)
-    if not math.isfinite(best.loss):
-        raise ValueError(f"the held-out features give a loss of {best.loss}; they must be finite")
-    return best
+    seen = labels.unique()
+    class_means = torch.stack([features[labels == k].mean(dim=0) for k in seen])
+    place = torch.searchsorted(seen, labels)
+    weights = 1 / labels.bincount(minlength=num_labels)[labels] / len(seen)
+    deviations = (features - class_means[place]) * weights.sqrt()[:, None]
+    covariance, centre = (deviations.T @ deviations).double(), class_means.double().mean(dim=0)
+    centred, discriminants = class_means.double() - centre, []
+    for shrinkage in shrinkages:
+        projection = _discriminant_axes(shrunk(covariance, shrinkage), centred, max_axes)
+        means = torch.full((num_labels, projection.shape[1]), torch.nan, dtype=torch.float64)
+        means[seen] = centred @ projection
+        discriminants.append(Discriminant(projection, centre, means))
+    return discriminants
 
 
 def _discriminant_axes(covariance: torch.Tensor, means: torch.Tensor, max_axes: int) -> torch.Tensor:

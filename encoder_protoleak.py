@@ -1,0 +1,154 @@
+"""
+The leak encoder: a re-simulated latent becomes a vector of pooled features, and these, scale by scale, become
+embeddings of the same space.
+
+B, S, T, D in shape comments: batch, scales, timesteps, embedding size; P, F: pooled features, and those of
+them that are projected; C, H, W: latent channels, height, width.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoBackbone
+
+from .configuration_protoleak import ProtoLeakConfig
+from .statistics_protoleak import Discriminant, grid_statistics, partial_correlations
+from .texture_protoleak import (
+    NUM_COOCCURRENCES,
+    PrincipalPlane,
+    cooccurrences,
+    log_covariance,
+    num_log_covariances,
+)
+
+
+class LeakEncoder(nn.Module):
+    """
+    Pooling is the same for all scales and timesteps; each scale has a projection of its own.
+
+    Attributes:
+        parts (`dict[str, int]`): What is pooled, and how many features of each.
+        families (`list[tuple[str, ...]]`): The parts that are projected; those of one family are seen together
+            by the discriminant that a network begins as.
+    """
+
+    def __init__(self, config: ProtoLeakConfig):
+        super().__init__()
+        self.num_scales, channels = len(config.scales), config.latent_channels
+        grid = 6 * channels + channels * (channels - 1) // 2
+        if config.pooling == "texture":
+            self.plane = PrincipalPlane(channels, config.patch_size)
+            self.parts = {
+                "cooccurrences": NUM_COOCCURRENCES,
+                "log_covariance": num_log_covariances(channels),
+            }
+            self.families = [("cooccurrences",), ("log_covariance",)]
+        else:
+            self.backbone = _backbone(config)
+            width = self.backbone.channels[-1]
+            if config.pooling == "mean":
+                self.parts = {"features": width, "grid_statistics": grid}
+                self.families = [("features",)]
+            else:
+                partial = channels + channels * (channels - 1) // 2
+                found = 6 * width + width * (width - 1) // 2
+                self.parts = {"grid_statistics": grid, "partial_correlations": partial, "features": found}
+                self.families = [tuple(self.parts)]
+        self.pooling = config.pooling
+        projected = sum(self.parts[name] for family in self.families for name in family)
+        self.norm = nn.Identity()
+        if config.pooling != "mean":
+            rare = 1e-7 if config.pooling == "texture" else 1e-5  # least variance: of patterns that hardly occur
+            self.norm = nn.BatchNorm1d(self.num_scales * projected, affine=False, eps=rare)
+        self.dropout = nn.Dropout(config.feature_dropout)
+        self.projections = nn.ModuleList(
+            nn.Linear(projected, config.embedding_size) for _ in range(self.num_scales)
+        )
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing that is trained takes part in [`LeakEncoder.pool`]."""
+        return self.pooling == "texture"
+
+    def pool(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
+        if self.pooling == "texture":
+            described = [cooccurrences(self.plane(latents)), log_covariance(latents)]
+        elif self.pooling == "mean":
+            found = self.backbone(latents).feature_maps[-1]
+            described = [found.mean(dim=(2, 3)), grid_statistics(latents)]
+        else:
+            found = self.backbone(latents).feature_maps[-1]
+            described = [grid_statistics(latents), partial_correlations(latents), grid_statistics(found)]
+        return torch.cat(described, dim=1)
+
+    def take(self, pooled: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        """Some parts of pooled features, (..., P) -> (..., their number); more than one are joined."""
+        parts = dict(zip(self.parts, pooled.split(list(self.parts.values()), dim=-1), strict=True))
+        return torch.cat([parts[name] for name in names], dim=-1)
+
+    def statistics(self, pooled: torch.Tensor) -> torch.Tensor | None:
+        """The latents' own [`grid_statistics`] among pooled features, where they are: (..., P) -> (..., S')"""
+        return self.take(pooled, ("grid_statistics",)) if "grid_statistics" in self.parts else None
+
+    def projected(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What of pooled features is projected: (..., P) -> (..., F)"""
+        return self.take(pooled, tuple(name for family in self.families for name in family))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, S, T, P) -> (B, S T, D), scale by scale"""
+        features = self.projected(pooled).transpose(1, 2)  # (B, T, S, F)
+        features = self.norm(features.flatten(0, 1).flatten(1)).view_as(features)
+        features = self.dropout(features).unbind(dim=2)
+        embeddings = [project(x) for project, x in zip(self.projections, features, strict=True)]
+        return torch.cat(embeddings, dim=1)
+
+    # --- the start as a discriminant
+
+    @torch.no_grad()
+    def fit_norm(self, pooled: torch.Tensor) -> None:
+        """Fit `norm`, where there is one, to pooled features (n, S, P)."""
+        if isinstance(self.norm, nn.BatchNorm1d):
+            features = self.projected(pooled).flatten(1)
+            self.norm.running_mean.copy_(features.mean(dim=0))
+            self.norm.running_var.copy_(features.var(dim=0))
+
+    @torch.no_grad()
+    def family_features(self, pooled: torch.Tensor) -> list[torch.Tensor]:
+        """What the discriminant of each family sees, normalised: (n, S, P) -> (n, S F_family) each, float32"""
+        features = self.projected(pooled)
+        normalised = self.norm(features.flatten(1).to(self.device)).view_as(features).cpu()
+        sizes = [sum(self.parts[name] for name in family) for family in self.families]
+        return [part.flatten(1) for part in normalised.split(sizes, dim=-1)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.projections[0].weight.device
+
+    @torch.no_grad()
+    def begin_as(self, discriminants: list[Discriminant], scales: list[float]) -> None:
+        """
+        Make the embedding, at even attention, the projections of one discriminant a family, each in
+        dimensions of its own and times its scale, which must fit into D; all other dimensions are zero.
+        """
+        sizes = [sum(self.parts[name] for name in family) for family in self.families]
+        for layer in self.projections:
+            layer.weight.zero_()
+            layer.bias.zero_()
+        row, column = 0, 0
+        for discriminant, scale, size in zip(discriminants, scales, sizes, strict=True):
+            axes = (discriminant.projection * scale).view(self.num_scales, size, -1)  # (S, F_family, A)
+            shift = (discriminant.centre @ discriminant.projection) * scale
+            used = slice(row, row + axes.shape[2])
+            for s, layer in enumerate(self.projections):
+                layer.weight[used, column : column + size] = axes[s].T.to(layer.weight) * self.num_scales
+                layer.bias[used] = -shift.to(layer.bias)
+            row, column = used.stop, column + size
+
+
+def _backbone(config: ProtoLeakConfig) -> nn.Module:
+    backbone = AutoBackbone.from_config(config.backbone_config)
+    if config.keep_resolution:
+        stem, width = backbone.embedder, config.backbone_config.embedding_size
+        stem.embedder.convolution = nn.Conv2d(config.latent_channels, width, 3, padding=1, bias=False)
+        stem.pooler = nn.Identity()
+    return backbone

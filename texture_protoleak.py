@@ -1,0 +1,156 @@
+"""
+What a network pools from a re-simulated latent without a backbone: statistics of its texture, whatever its
+size, of fourth order (which residuals occur side by side) and of second (how neighbouring latents vary together).
+
+Residuals and their co-occurrences are those of steganalysis ("Rich Models for Steganalysis of Digital Images",
+Fridrich and Kodovský 2012), with quantisation steps that are wide enough for what compression leaves behind.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TRUNCATION = 2  # residuals are quantised to -2..2
+LEVELS = 2 * TRUNCATION + 1
+RUN = 4  # neighbours in a row that are counted together
+NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
+RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
+
+
+def _first(plane: torch.Tensor) -> torch.Tensor:
+    return plane[..., 1:] - plane[..., :-1]
+
+
+def _second(plane: torch.Tensor) -> torch.Tensor:
+    return (plane[..., 2:] + plane[..., :-2]) / 2 - plane[..., 1:-1]
+
+
+def _laplace(plane: torch.Tensor) -> torch.Tensor:
+    inner = plane[..., 1:-1, 1:-1]
+    across = plane[..., 1:-1, 2:] + plane[..., 1:-1, :-2]
+    return (across + plane[..., 2:, 1:-1] + plane[..., :-2, 1:-1]) / 4 - inner
+
+
+# differences along a row, and the steps they are quantised by, in units of the plane's standard deviation
+RESIDUALS: tuple[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[float, ...]], ...] = (
+    (_first, (1 / 8, 1 / 4)),
+    (_second, (1 / 16, 1 / 8, 1 / 4)),
+    (_laplace, (1 / 8,)),
+)
+
+
+def _patterns() -> torch.Tensor:
+    """
+    Which of the distinct patterns each run of four levels is, (625,): a run counts as its mirror image and as
+    its negative.
+    """
+    runs = torch.arange(LEVELS**RUN).view([LEVELS] * RUN)
+    mirrored = runs.permute(3, 2, 1, 0)
+    same = torch.stack([runs, mirrored, runs.flip(0, 1, 2, 3), mirrored.flip(0, 1, 2, 3)])
+    return same.amin(dim=0).flatten().unique(return_inverse=True)[1]
+
+
+NUM_PATTERNS = int(_patterns().max()) + 1
+NUM_COOCCURRENCES = NUM_PATTERNS * sum(len(steps) for _, steps in RESIDUALS)
+
+
+def cooccurrences(plane: torch.Tensor) -> torch.Tensor:
+    """
+    Square roots of how often each pattern of four neighbouring residuals occurs, along rows and columns, for
+    each residual and step of `RESIDUALS`.
+
+    Args:
+        plane: (N, H, W) in units of its standard deviation over many images; H and W at least 6.
+
+    Returns:
+        (N, NUM_COOCCURRENCES), float32.
+    """
+    patterns = _patterns().to(plane.device)
+    described = []
+    for residual, steps in RESIDUALS:
+        directions = [residual(plane), residual(plane.mT)]  # of a turned plane, so that turns count alike
+        for step in steps:
+            counts = sum(_count_runs((x / step).round().clamp(-TRUNCATION, TRUNCATION)) for x in directions)
+            shares = counts / counts.sum(dim=1, keepdim=True)
+            merged = shares.new_zeros(len(shares), NUM_PATTERNS).index_add(1, patterns, shares)
+            described.append(merged.sqrt())
+    return torch.cat(described, dim=1)
+
+
+def _count_runs(levels: torch.Tensor) -> torch.Tensor:
+    """Runs of four along rows and along columns: (N, H, W) in -2..2 -> counts (N, 625)"""
+    levels = (levels + TRUNCATION).to(torch.int16)
+    counts = torch.zeros(len(levels), LEVELS**RUN, device=levels.device)
+    for grid in (levels, levels.mT):
+        pairs = grid[..., :-1] * LEVELS + grid[..., 1:]
+        runs = (pairs[..., :-2] * LEVELS**2 + pairs[..., 2:]).flatten(1).long()
+        counts = counts.scatter_add(1, runs, torch.ones_like(runs, dtype=counts.dtype))
+    return counts
+
+
+def log_covariance(latents: torch.Tensor) -> torch.Tensor:
+    """
+    The matrix logarithm of the covariance of 2x2 neighbouring latents, in which linear methods see ratios of
+    variances (log-Euclidean metric, Arsigny et al. 2006). Entries off the diagonal stand for two.
+
+    Args:
+        latents: (N, C, H, W), whitened.
+
+    Returns:
+        (N, 2 C (4 C + 1)), float32.
+    """
+    size = latents.shape[1] * NEIGHBOURHOOD**2
+    positions = F.unfold(latents, NEIGHBOURHOOD)  # (N, 4C, L)
+    positions = positions - positions.mean(dim=2, keepdim=True)
+    covariance = (positions @ positions.mT / positions.shape[2]).double()
+    values, vectors = torch.linalg.eigh(covariance + RIDGE * torch.eye(size).to(covariance))
+    logarithm = (vectors * values.clamp_min(RIDGE / 2).log()[:, None]) @ vectors.mT
+    rows, columns = torch.triu_indices(size, size, device=latents.device)
+    weights = torch.where(rows == columns, 1.0, math.sqrt(2))
+    return logarithm[:, rows, columns].float() * weights
+
+
+def num_log_covariances(channels: int) -> int:
+    """Length of [`log_covariance`] of so many latent channels."""
+    size = channels * NEIGHBOURHOOD**2
+    return size * (size + 1) // 2
+
+
+class PrincipalPlane(nn.Module):
+    """
+    Lays latents of p x p patches out on their grid again, p^2 channels a plane, and mixes the planes to the
+    one that varies most, in units of its standard deviation: the luminance, of an autoencoder of pixels. It
+    is read from whitened latents. The first plane is taken until it is fitted.
+    """
+
+    def __init__(self, channels: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.register_buffer("readout", torch.eye(channels)[: patch_size**2].clone())
+        self.register_buffer("offset", torch.zeros(patch_size**2))
+
+    @torch.no_grad()
+    def fit(self, mean: torch.Tensor, covariance: torch.Tensor, whitening: torch.Tensor) -> None:
+        """
+        Args:
+            mean (`torch.DoubleTensor` of shape `(C,)`), covariance (`torch.DoubleTensor` of shape `(C, C)`):
+                Of latents at their grid positions.
+            whitening (`torch.DoubleTensor` of shape `(C, C)`): The matrix that whitens them.
+        """
+        places = self.patch_size**2
+        planes = len(mean) // places
+        blocks = covariance.view(planes, places, planes, places)
+        between = blocks.diagonal(dim1=1, dim2=3).mean(dim=-1)  # of planes, at the same place
+        variances, vectors = torch.linalg.eigh(between)
+        mixture = vectors[:, -1] * vectors[:, -1].sum().sign() / variances[-1].sqrt()
+        mix = torch.kron(mixture[None], torch.eye(places).to(mixture))  # (p^2, C)
+        self.readout.copy_(mix @ torch.linalg.inv(whitening))
+        self.offset.copy_(mix @ mean)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, p H, p W)"""
+        places = torch.einsum("kc,nchw->nkhw", self.readout, latents) + self.offset[:, None, None]
+        return F.pixel_shuffle(places, self.patch_size)[:, 0]
