@@ -1,6 +1,8 @@
 """Tiny models of the real architectures, with random weights or trained once for all tests."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,25 @@ def recipe(tmp_path) -> Path:
     return save_recipe(tmp_path / "recipe")
 
 
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Tiny models train faster so, above all beside other work; also in processes that are started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with on_one_thread():
+        yield
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """A checkpoint that training made, the data set and the recipe that it was made from, and its summary."""
@@ -197,4 +218,5 @@ def trained(tmp_path_factory, cache) -> TrainedRun:
     """Trained once; nothing may be changed in its folders."""
     place = tmp_path_factory.mktemp("trained")
     folder, recipe = draw_folder(place / "data"), save_recipe(place / "recipe")
-    return TrainedRun(place / "run", folder, recipe, train(arguments(place, folder, recipe)))
+    with on_one_thread():
+        return TrainedRun(place / "run", folder, recipe, train(arguments(place, folder, recipe)))

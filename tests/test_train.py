@@ -29,6 +29,8 @@ from torch.utils.data import TensorDataset
 from . import ROOT
 from .conftest import arguments, draw, tiny_model, tiny_vae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def load(checkpoint: Path) -> tuple[ProtoLeakForImageAttribution, LatentCache]:
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
