@@ -40,7 +40,8 @@ class ProtoLeakConfig(PreTrainedConfig):
             `"texture"`, co-occurrences of residuals and the log covariance of neighbouring latents, without a
             backbone; it needs `latent_whitening`.
         scales (`list[int]`, defaults to `[1]`): By what images are reduced before the VAE encodes them: each
-            adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8.
+            adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8; others
+            than 1 with `pooling="texture"`.
         patch_size (`int`, defaults to 1):
             Side of the patches of the plane that latents stand for, `patch_size ** 2` channels a plane, with
             `pooling="texture"`: 1 where every channel is a plane of its own.
@@ -178,6 +179,8 @@ class ProtoLeakConfig(PreTrainedConfig):
             self._require("patch_size", fits, f"one whose square divides {self.latent_channels} latent channels")
             statistics = "statistics" in scores
             self._require("open_set_scores", not statistics, 'of embeddings alone with pooling="texture"')
+        else:
+            self._require("scales", self.scales == [1], '[1] but with pooling="texture"')
         self._require(
             "noise_seed", _is_int(self.noise_seed) and self.noise_seed >= 0, "an integer of at least 0"
         )

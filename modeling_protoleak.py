@@ -435,6 +435,11 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         self.head = PrototypeHead(config)
         self.post_init()
 
+    @property
+    def takes_features(self) -> bool:
+        """Whether what is pooled can be kept for training, since nothing that is trained comes before."""
+        return self.protoleak.encoder.is_frozen
+
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,

@@ -34,11 +34,18 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
+from protoleak.density_protoleak import CrossFitted
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.card import write_card
-from protoleak.training.initialisation import begin_as_discriminant, class_names, fit_whitening, make_model
+from protoleak.training.initialisation import (
+    begin_across_sources,
+    begin_as_discriminant,
+    class_names,
+    fit_whitening,
+    make_model,
+)
 from protoleak.training.latents import LatentCache
 from protoleak.training.state import STATE_FOLDER, Progress, TrainingState
 from protoleak.training.views import EncodedSplits, encode_splits
@@ -57,19 +64,27 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
     """
     accelerator, seconds = start_accelerator(arguments), {}
     with timed("encoding", seconds):
-        splits = load_splits(arguments.dataset_name, arguments.seed)
+        splits = join_by_source(load_splits(arguments.dataset_name, arguments.seed), arguments)
         model, processor = make_model(arguments, class_names(splits["train"]["label"]), vae)
         model.to(accelerator.device)
         cache = LatentCache(model, processor, accelerator)
+        if new := not arguments.model_name_or_path:
+            fit_whitening(model, splits["train"], cache)
         data = encode_splits(splits, cache, arguments.orientations, arguments.augmented_views, arguments.seed)
-    if not arguments.model_name_or_path:
+    cross_fitted, history = None, []
+    if new:
         with timed("discriminant", seconds):
-            fit_whitening(model, data.untouched)
-            begin_as_discriminant(model, data.train, data.validation)
-    with timed("training", seconds):
-        history = fit(model, data.train, data.validation, arguments, accelerator)
+            if data.validation is None:
+                cross_fitted = begin_across_sources(
+                    model, data.train.views, *sources_and_groups(splits["train"], arguments.source_column)
+                )
+            else:
+                begin_as_discriminant(model, data.train, data.validation)
+    if cross_fitted is None:
+        with timed("training", seconds):
+            history = fit(model, data.train, data.validation, arguments, accelerator)
     with timed("evaluation", seconds):
-        fit_detector(model, data, splits["train"], accelerator)
+        fit_detector(model, data, splits["train"], cross_fitted, arguments, accelerator)
         summary = summarise(model, data, splits, history, arguments, accelerator)
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     if accelerator.is_main_process:
@@ -158,9 +173,10 @@ def train_steps(
 ) -> Iterator[float]:
     """One epoch; after each step its loss."""
     network.train()
-    for latents, labels in loader:
+    kind = "features" if accelerator.unwrap_model(network).takes_features else "latents"
+    for inputs, labels in loader:
         with accelerator.autocast():
-            loss = network(latents=latents, labels=labels).loss
+            loss = network(**{kind: inputs.float()}, labels=labels).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(network.parameters(), max_grad_norm)
         optimizer.step()
@@ -184,26 +200,31 @@ def _warmup_cosine(step: int, steps: int) -> float:
 
 
 def fit_detector(
-    model: ProtoLeakForImageAttribution, data: EncodedSplits, rows: datasets.Dataset, accelerator: Accelerator
-) -> None:
-    """Fit and calibrate the open-set detector, with pictures of the images nearest to each prototype."""
-    known, held_out = (predict(model, images, accelerator) for images in (data.known, data.validation))
-    model.fit_detector(known, held_out)
-    images = rows["image"]  # post-processed ones come after all others in `known`
-    model.keep_thumbnails(lambda i: (image := images[i % len(images)])["bytes"] or image["path"])
+    model: ProtoLeakForImageAttribution, data: EncodedSplits, rows: datasets.Dataset,
+    cross_fitted: CrossFitted | None, arguments: TrainingArguments, accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """
+    Fit the open-set detector, calibrated by cross-fitting over sources or by validation images, with what is
+    to be told of the images nearest to each prototype.
+    """
+    held_out = None if data.validation is None else predict(model, data.validation, accelerator)
+    model.fit_detector(predict(model, data.known, accelerator), held_out, cross_fitted)
+    if arguments.thumbnails:
+        images = rows["image"]  # post-processed ones come after all others in `known`
+        model.keep_thumbnails(lambda i: (image := images[i % len(images)])["bytes"] or image["path"])
 
 
 def summarise(
     model: ProtoLeakForImageAttribution, data: EncodedSplits, splits: datasets.DatasetDict,
     history: list[dict[str, float]], arguments: TrainingArguments, accelerator: Accelerator,
 ) -> dict[str, Any]:  # fmt: skip
-    """All metrics of the finished model on test and unknown images, and the history of the run."""
+    """All metrics of the finished model on test, cross and unknown images, and the history of the run."""
     names = splits["unknown"]["label"] if "unknown" in splits else None
     options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples}
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
-        "epochs": len(history) - 1,
-        **evaluate_model(model, data.test, data.unknown, accelerator, **options).to_dict(),
+        "epochs": max(0, len(history) - 1),
+        **evaluate_model(model, data.evaluated, accelerator, **options).to_dict(),
         "history": history,
     }
 

@@ -68,8 +68,9 @@ def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: in
     training = module.training
     module.eval()
     parts: dict[str, list[np.ndarray]] = {}
-    for latents, labels in accelerator.prepare(DataLoader(data, batch_size)):
-        row = _columns(module(latents=latents), accelerator.device) | {"labels": labels}
+    kind = "features" if module.takes_features else "latents"
+    for inputs, labels in accelerator.prepare(DataLoader(data, batch_size)):
+        row = _columns(module(**{kind: inputs.float()}), accelerator.device) | {"labels": labels}
         for name, part in accelerator.gather_for_metrics(row).items():
             parts.setdefault(name, []).append(part.cpu().numpy())
     module.train(training)
@@ -78,7 +79,9 @@ def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: in
 
 def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
     """The fields of [`Predictions`] that a model's output has, labels aside."""
-    columns = {name: getattr(output, name).float() for name in ("embeddings", "gates", "statistics")}
+    columns = {name: getattr(output, name).float() for name in ("embeddings", "gates")}
+    if output.statistics is not None:
+        columns["statistics"] = output.statistics.float()
     columns["probabilities"] = output.logits.double().softmax(dim=1)
     verdict = {name: getattr(output, name) for name in ("open_set_score", "p_values", "class_p_values")}
     return columns | {name: part.to(device) for name, part in verdict.items() if part is not None}

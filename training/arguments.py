@@ -18,6 +18,13 @@ class TrainingArguments:
             "of several, the splits are joined."
         },
     )
+    source_column: str = field(
+        default="source",
+        metadata={
+            "help": "Column that tells where an image comes from. With it a new model is chosen and "
+            "calibrated on sources left out, and validation images are learned from too."
+        },
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from. By default weights are new."}
     )
@@ -49,6 +56,9 @@ class TrainingArguments:
     )
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
     num_crops: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})
+    thumbnails: bool = field(
+        default=False, metadata={"help": "Keep small pictures of training images, for reports."}
+    )
     bootstrap_resamples: int = field(
         default=300, metadata={"help": "Resamples of the test images that the metrics' intervals come from."}
     )

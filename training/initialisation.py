@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable
 
+import datasets
 import numpy as np
 import torch
 from torch import nn
@@ -12,12 +13,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
+from ..density_protoleak import CrossFitted
 from ..evaluation.protocol import REAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
-from .latents import LatentDataset
-from .views import RandomView
+from .cross_fitting import Samples, Settings, choose_settings, cross_fit, source_folds
+from .latents import LatentCache
+from .views import RandomView, without_fillers
 
 logger = logging.getLogger("protoleak.train")
 
@@ -60,37 +63,76 @@ def make_model(
     return model, processor
 
 
-def fit_whitening(model: ProtoLeakForImageAttribution, images: LatentDataset) -> None:
-    """Fit the model's whitening, where its config has one, on the latents of training images."""
+def fit_whitening(model: ProtoLeakForImageAttribution, rows: datasets.Dataset, cache: LatentCache) -> None:
+    """Fit the model's whitening, where its config has one, on the latents of training images as they are."""
     if model.protoleak.whitening is not None:
-        own = torch.Generator()  # so that a loader, which seeds its workers, draws nothing from all others'
-        model.protoleak.whitening.fit(latents for latents, _ in DataLoader(images, 16, generator=own))
+        model.protoleak.fit_whitening(without_fillers(z.flatten(0, -4)) for z in cache.latents(rows))
 
 
 def begin_as_discriminant(
     model: ProtoLeakForImageAttribution, train: RandomView, validation: Dataset, max_samples: int = 10_000
-) -> dict[str, float]:
+) -> Settings:
     """
-    Make a new network a shrunk linear discriminant of its pooled features, from where it learns on.
+    Make a new network shrunk linear discriminants of its pooled features, from where it learns on.
 
     Args:
         model ([`ProtoLeakForImageAttribution`]): Its whitening is fitted.
         train ([`RandomView`]): Training images.
         validation (`torch.utils.data.Dataset`): Images by whose likelihood shrinkage and scale are chosen.
         max_samples (`int`): Views of training images, their crops counted one by one, that are looked at.
-
-    Returns:
-        `shrinkage` and the validation `loss`.
     """
-    samples = choose_samples(train, model.config.num_labels, max_samples)
+    subsets = choose_samples(train, model.config.num_labels, max_samples)
     model.train()
-    pool_features(model, samples[0], average_crops=False)  # settles the statistics of the backbone's norms
+    pool_features(model, subsets[0], average_crops=False)  # settles the statistics of the backbone's norms
     model.eval()
-    features, labels = pool_features(model, ConcatDataset(samples), average_crops=False)
+    pooled, labels = pool_features(model, ConcatDataset(subsets), average_crops=False)
     held_out, targets = pool_features(model, validation, average_crops=True)
-    start = model.initialise_as_discriminant(features, labels, held_out, targets)
-    logger.info("begins as a discriminant, shrinkage %(shrinkage)s, validation loss %(loss).3f", start)
-    return start
+    fitted = np.arange(len(labels) + len(targets)) < len(labels)
+    model.protoleak.encoder.fit_norm(pooled)
+    samples = make_samples(model, torch.cat([pooled, held_out]), torch.cat([labels, targets]))
+    settings = choose_settings(samples, [(fitted, ~fitted)])
+    begin_as(model, samples, fitted, settings)
+    return settings
+
+
+def begin_across_sources(
+    model: ProtoLeakForImageAttribution, views: list[Dataset], sources: np.ndarray, groups: np.ndarray
+) -> CrossFitted:
+    """
+    Make a new network discriminants of the features of all images, of settings that do best on sources left
+    out, and score every image by such a network that its source was left out of.
+
+    Args:
+        model ([`ProtoLeakForImageAttribution`]): Its whitening is fitted.
+        views (`list[torch.utils.data.Dataset]`): Of the same images, those as they are first.
+        sources, groups (`np.ndarray` of shape `(num_images,)`): See [`source_folds`].
+    """
+    pooled, labels = zip(*(pool_features(model, view, average_crops=True) for view in views), strict=True)
+    model.protoleak.encoder.fit_norm(torch.cat(pooled))
+    samples = make_samples(model, torch.cat(pooled), labels[0])
+    folds, everything = source_folds(labels[0].numpy(), sources, groups), np.ones(len(sources), bool)
+    settings = choose_settings(samples, [(folds != fold, folds == fold) for fold in np.unique(folds)])
+    begin_as(model, samples, everything, settings)
+    names = model.config.label_names
+    counts = [len(set(sources[labels[0].numpy() == k])) for k in range(len(names))]
+    real = names.index(REAL) if REAL in names else None
+    score = model.config.open_set_scores["embeddings"]
+    return cross_fit(samples, settings, folds, np.array(counts), score, real)
+
+
+def make_samples(model: ProtoLeakForImageAttribution, pooled: torch.Tensor, labels: torch.Tensor) -> Samples:
+    """Features (n, S, P) of all views of images with labels (num_images,), as discriminants see them."""
+    families = model.protoleak.encoder.family_features(pooled)
+    max_axes = model.config.embedding_size // len(families)
+    return Samples(families, labels, model.config.num_labels, max_axes)
+
+
+def begin_as(
+    model: ProtoLeakForImageAttribution, samples: Samples, fitted: np.ndarray, settings: Settings
+) -> None:
+    """Make the network the discriminants of some samples (mask, (num_images,))."""
+    discriminants = samples.fit(fitted, [(shrinkage,) for shrinkage in settings.shrinkages])
+    model.initialise_as_discriminant([d[0] for d in discriminants], list(settings.scales))
 
 
 def choose_samples(train: RandomView, num_labels: int, max_samples: int) -> list[Subset]:
@@ -114,14 +156,15 @@ def pool_features(
     model: ProtoLeakForImageAttribution, images: Dataset, average_crops: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What the encoder pools, averaged over timesteps, (n, F), and labels (n,): a row an image with
+    What the encoder pools, averaged over timesteps, (n, S, P), and labels (n,): a row an image with
     `average_crops`, else a row a crop.
     """
     features, labels = [], []
-    for latents, targets in DataLoader(images, 64):
-        noisy = model.protoleak.simulate(latents.flatten(0, -4))  # (BV, T, C, H, W)
-        rows = len(latents) if average_crops else len(noisy)
-        pooled = model.protoleak.encoder.pool(noisy.flatten(0, 1))[0]
-        features.append(pooled.unflatten(0, (rows, -1)).mean(dim=1).cpu())
-        labels.append(targets.repeat_interleave(rows // len(targets)))
+    for inputs, targets in DataLoader(images, 64):
+        if model.takes_features:
+            pooled = inputs.float()
+        else:
+            pooled = model.protoleak.describe([inputs if average_crops else inputs.flatten(0, -4)])["features"]
+        features.append(pooled.mean(dim=2).cpu())
+        labels.append(targets.repeat_interleave(len(pooled) // len(targets)))
     return torch.cat(features), torch.cat(labels)

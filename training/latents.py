@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ class View:
 
 class LatentDataset(torch.utils.data.Dataset):
     """
-    Pairs of latents, float16 (C, H, W) or (crops, C, H, W), and label. A row is read from its file when it is
-    asked for; nothing of the files stays in this process's memory.
+    Pairs of latents, float16 (C, H, W) or (crops, C, H, W), and label; or of features, float16 (S, T, P), and
+    label. A row is read from its file when it is asked for; nothing of the files stays in this process's
+    memory.
 
     Args:
         files (`list[Path]`): Of `shard_size` rows each, the last of those that are left.
@@ -87,8 +88,10 @@ class LatentDataset(torch.utils.data.Dataset):
 class LatentCache:
     """
     Encodes images with a model's VAE, and keeps the latents in files under the `datasets` cache, keyed by
-    what they depend on: content of the images, image processor, VAE and view. Processes share the files out,
-    and a file appears only when it is whole, so that a run that was stopped goes on.
+    what they depend on: content of the images, image processor, VAE and view. Of a model whose pooling has
+    nothing to learn, what it pools is kept in their place, and depends on its whitening and noise as well.
+    Processes share the files out, and a file appears only when it is whole, so that a run that was stopped
+    goes on.
 
     Args:
         model ([`ProtoLeakForImageAttribution`]): Its VAE encodes; its labels number the classes.
@@ -112,7 +115,10 @@ class LatentCache:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image's latents, (C, H, W) or (crops, C, H, W)."""
+        """Of one image's latents, (C, H, W) or (crops, C, H, W), or of its features, (S, T, P)."""
+        if self.model.takes_features:
+            own = self.model.config
+            return len(own.scales), len(own.timesteps), sum(self.model.protoleak.encoder.parts.values())
         config = self.model.vae.config
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
         side = self.processor.crop_size // 2 ** (len(blocks) - 1)
@@ -123,9 +129,13 @@ class LatentCache:
         """Of all that the latents of `rows` depend on but the view. 32 hexadecimal digits."""
         vae = self.model.vae
         vae_config = {k: v for k, v in vae.config.items() if not k.startswith("_")}  # not where it lies
-        facts = [self.processor.to_dict(), vae_config]
+        facts, weights = [self.processor.to_dict(), vae_config], dict(vae.state_dict())
+        if self.model.takes_features:
+            own = self.model.config
+            facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.sigma_normalization]
+            weights |= {f"whitening.{k}": v for k, v in self.model.protoleak.whitening.state_dict().items()}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-        for name, weight in sorted(vae.state_dict().items()):
+        for name, weight in sorted(weights.items()):
             content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             digest.update(name.encode() + content)
         for batch in rows.select_columns("image").iter(self.batch_size):
@@ -178,10 +188,27 @@ class LatentCache:
         finally:
             partial.unlink(missing_ok=True)
 
+    def latents(self, rows: Dataset) -> Iterator[torch.Tensor]:
+        """z_0 at the first scale, batch by batch, of `rows` as they are; they are not kept."""
+        for batch in rows.select_columns("image").iter(self.batch_size):
+            yield self.model.protoleak.encode(self._pixels(batch["image"], View()))[0]
+
+    @torch.no_grad()
     def _encode_batch(self, images: list[dict[str, Any]], view: View) -> np.ndarray:
-        """Images as `datasets` holds them, to latents (B, *shape), float16."""
+        """Images as `datasets` holds them, to latents or features (B, *shape), float16."""
+        pyramid = self.model.protoleak.encode(self._pixels(images, view))
+        if self.model.takes_features:
+            encoded = self.model.protoleak.describe(pyramid)["features"]
+        else:
+            (encoded,) = pyramid
+        return encoded.reshape(len(images), *self.shape).half().cpu().numpy()
+
+    def _pixels(self, images: list[dict[str, Any]], view: View) -> torch.Tensor:
+        """Pixel values of images in a view, (B, 3, h, w), or (B, num_crops, 3, h, w) filled up with zeros."""
         contents = [image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
         processed = [view.process(content, self.processor.max_pixels) for content in contents]
         pixels = self.processor(processed)["pixel_values"]
-        latents = self.model.protoleak.encode(view.orient(pixels))
-        return latents.view(len(images), *self.shape).half().cpu().numpy()
+        if pixels.ndim == 5:  # (B, V, 3, h, w), V the most crops that an image of this batch has
+            missing = self.processor.num_crops - pixels.shape[1]
+            pixels = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing))
+        return view.orient(pixels)

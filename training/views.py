@@ -20,6 +20,16 @@ def training_views(orientations: int, augmented_views: int) -> list[View]:
     return untouched + processed
 
 
+def without_fillers(crops: torch.Tensor) -> torch.Tensor:
+    """
+    Those of some latents (V, C, H, W) that are of crops of an image, not of what fills a batch up: that is
+    flat. At least one.
+    """
+    varied = crops.flatten(2).amax(dim=2) > crops.flatten(2).amin(dim=2)
+    varied = varied.any(dim=1)
+    return crops[varied] if varied.any() else crops[:1]
+
+
 class RandomView(Dataset):
     """One of several views of each image, and one of its crops, drawn anew each time."""
 
@@ -32,6 +42,7 @@ class RandomView(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         latents, label = self.views[int(torch.randint(len(self.views), ()))][index]
         if latents.ndim == 4:
+            latents = without_fillers(latents)
             latents = latents[int(torch.randint(len(latents), ()))]
         return latents, label
 
@@ -52,23 +63,24 @@ class ViewsInTurn(Dataset):
 @dataclass(frozen=True)
 class EncodedSplits:
     """
-    A data set's images as latents, each split as a map-style data set of latents and label.
+    A data set's images as latents or features, each split as a map-style data set of these and label.
 
     Args:
         train ([`RandomView`]): What the network learns from, in all views.
         untouched ([`LatentDataset`]): The training images as they are.
-        known, validation (`torch.utils.data.Dataset`): What the open-set detector is fitted on and calibrated
-            by: each image as it is, and where training sees post-processed ones, post-processed once as well.
-            `validation` also tells which weights are best.
-        test ([`LatentDataset`]), unknown ([`LatentDataset`], *optional*): As they are.
+        known (`torch.utils.data.Dataset`): What the open-set detector is fitted on: each training image as it
+            is, and where training sees post-processed ones, post-processed once as well.
+        validation (`torch.utils.data.Dataset`, *optional*): The same of validation images, which tell which
+            weights are best and calibrate; `None` where sources are left out for that.
+        evaluated (`dict[str, LatentDataset]`): `test`, and `cross` and `unknown` where the data set has
+            these splits, as they are.
     """
 
     train: RandomView
     untouched: LatentDataset
     known: Dataset
-    validation: Dataset
-    test: LatentDataset
-    unknown: LatentDataset | None
+    validation: Dataset | None
+    evaluated: dict[str, LatentDataset]
 
 
 def encode_splits(
@@ -82,16 +94,19 @@ def encode_splits(
         seed (`int`): Of what is done to the post-processed validation images.
     """
     views = cache.encode_views(splits["train"], training_views(orientations, augmented_views))
-    known = [views[View()]]
-    validation = [cache.encode(splits["validation"])]
+    known, validation = [views[View()]], []
     if processed := [latents for view, latents in views.items() if view.operator is not None]:
         known.append(ViewsInTurn(processed))
-        validation.append(cache.encode(splits["validation"], View(operator="step2", seed=seed)))
+    if "validation" in splits:
+        validation.append(cache.encode(splits["validation"]))
+        if processed:
+            validation.append(cache.encode(splits["validation"], View(operator="step2", seed=seed)))
     return EncodedSplits(
         train=RandomView(list(views.values())),
         untouched=views[View()],
         known=ConcatDataset(known),
-        validation=ConcatDataset(validation),
-        test=cache.encode(splits["test"]),
-        unknown=cache.encode(splits["unknown"]) if "unknown" in splits else None,
+        validation=ConcatDataset(validation) if validation else None,
+        evaluated={
+            name: cache.encode(splits[name]) for name in ("test", "cross", "unknown") if name in splits
+        },
     )

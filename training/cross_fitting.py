@@ -1,0 +1,221 @@
+"""
+Cross-fitting over sources: models that never saw an image's source score it, so that settings are chosen and
+verdicts calibrated by images like those of a new source.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch.nn import functional as F
+
+from ..density_protoleak import CrossFitted
+from ..scores_protoleak import OPEN_SET_SCORES
+from ..statistics_protoleak import Discriminant, fit_discriminant
+
+SHRINKAGES = (0.05, 0.1, 0.2, 0.4)  # of which a discriminant's is chosen
+FOLDS = 5
+STRANGER_FOLDS = 5  # in which classes are left out in turn
+logger = logging.getLogger("protoleak.train")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What a network begins as.
+
+    Args:
+        shrinkages (`tuple[float, ...]`): One for each family of features: how far its discriminant's
+            covariance is drawn to a multiple of the identity.
+        scales (`tuple[float, ...]`): What each discriminant counts, the factor of its projection.
+        loss (`float`): Cross-entropy of the held-out images that chose them, classes weighed alike.
+    """
+
+    shrinkages: tuple[float, ...]
+    scales: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """
+    Features of training images.
+
+    Args:
+        families (`list[torch.FloatTensor]`): For each family (n, F), n = images times views, all images of
+            the first view first.
+        labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1.
+        num_labels (`int`): K.
+        max_axes (`int`): Axes that each discriminant may have.
+    """
+
+    families: list[torch.Tensor]
+    labels: torch.Tensor
+    num_labels: int
+    max_axes: int
+
+    def fit(self, images: np.ndarray, shrinkages: Sequence[Sequence[float]]) -> list[list[Discriminant]]:
+        """Discriminants of some images (mask, (num_images,)) in all their views: by family and shrinkage."""
+        views = len(self.families[0]) // len(self.labels)
+        rows = torch.from_numpy(np.tile(images, views))
+        labels = self.labels.repeat(views)[rows]
+        return [
+            fit_discriminant(family[rows], labels, self.num_labels, values, self.max_axes)
+            for family, values in zip(self.families, shrinkages, strict=True)
+        ]
+
+    def untouched(self, images: np.ndarray) -> list[torch.Tensor]:
+        """The families of some images in their first view."""
+        rows = torch.from_numpy(np.flatnonzero(images))
+        return [family[rows] for family in self.families]
+
+
+def source_folds(
+    labels: np.ndarray, sources: np.ndarray, groups: np.ndarray, num_folds: int = FOLDS, seed: int = 0
+) -> np.ndarray:
+    """
+    A fold for each image, (n,): whole sources together, but never all sources of a class in one fold. Images
+    of a class with a single source, which could not be left out without the class, are split by group.
+
+    Args:
+        labels, sources, groups (`np.ndarray` of shape `(n,)`): Of each image.
+        num_folds (`int`): At least 2.
+        seed (`int`): Of the order in which sources of one size are taken.
+    """
+    single = np.isin(labels, [k for k in np.unique(labels) if len(set(sources[labels == k])) == 1])
+    units = np.where(single, np.char.add("group:", groups.astype(str)), sources.astype(str))
+    names, counts = np.unique(units, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.argsort(-counts[order], kind="stable")]
+    fold_of, sizes = {}, np.zeros(num_folds)
+    for place in order:
+        members = units == names[place]
+        allowed = [f for f in range(num_folds) if _keeps_classes(members, f, fold_of, units, labels, single)]
+        fold = min(allowed or range(num_folds), key=lambda f: sizes[f])
+        fold_of[names[place]] = fold
+        sizes[fold] += counts[place]
+    return np.array([fold_of[unit] for unit in units])
+
+
+def _keeps_classes(
+    members: np.ndarray, fold: int, fold_of: dict[str, int], units: np.ndarray, labels: np.ndarray,
+    single: np.ndarray,
+) -> bool:  # fmt: skip
+    """Whether each class of a unit has another source that is not in this fold."""
+    in_fold = members | np.isin(units, [unit for unit, f in fold_of.items() if f == fold])
+    return all((~in_fold[labels == k]).any() for k in np.unique(labels[members & ~single]))
+
+
+def class_folds(labels: np.ndarray, spared: int | None, num_folds: int = STRANGER_FOLDS) -> list[np.ndarray]:
+    """Sets of classes that are left out together, all classes in turn but the one that is spared."""
+    classes = [k for k in np.unique(labels) if k != spared]
+    return [np.array(classes[fold::num_folds]) for fold in range(min(num_folds, len(classes)))]
+
+
+# --- choosing settings --------------------------------------------------------------------------------------
+
+
+def choose_settings(samples: Samples, splits: Sequence[tuple[np.ndarray, np.ndarray]]) -> Settings:
+    """
+    Shrinkages and scales of the discriminants, by the likelihood of held-out images.
+
+    Args:
+        samples ([`Samples`]): Features and classes.
+        splits (`list` of pairs of masks, `(num_images,)` each): Which images are fitted on, and which are
+            then held out.
+    """
+    distances, targets = [], []
+    for fitted, held_out in splits:
+        discriminants = samples.fit(fitted, [SHRINKAGES] * len(samples.families))
+        families = samples.untouched(held_out)
+        distances.append(
+            [
+                torch.stack([discriminant.squared_distances(family) for discriminant in of_family])
+                for of_family, family in zip(discriminants, families, strict=True)
+            ]
+        )
+        targets.append(samples.labels[torch.from_numpy(held_out)])
+    labels = torch.cat(targets)
+    pooled = [torch.cat(parts, dim=1) for parts in zip(*distances, strict=True)]  # (shrinkages, n, K) each
+    weights = 1 / labels.bincount(minlength=samples.num_labels)[labels].double()
+    best = [
+        min(range(len(SHRINKAGES)), key=lambda i: _fit_scales([family[i]], labels, weights)[1])
+        for family in pooled
+    ]
+    chosen = [family[i] for family, i in zip(pooled, best, strict=True)]
+    scales, loss = _fit_scales(chosen, labels, weights)
+    settings = Settings(tuple(SHRINKAGES[i] for i in best), scales, loss)
+    logger.info("begins as discriminants: %s", settings)
+    return settings
+
+
+def _fit_scales(
+    distances: list[torch.Tensor], labels: torch.Tensor, weights: torch.Tensor
+) -> tuple[tuple[float, ...], float]:
+    """The factors of squared distances (n, K) by which images are likeliest, as scales, and that loss."""
+
+    def loss(log_scales: np.ndarray) -> float:
+        logits = -sum(d * float(np.exp(2 * s)) for d, s in zip(distances, log_scales, strict=True)) / 2
+        losses = F.cross_entropy(logits, labels, reduction="none").clamp_max(50)
+        return float((losses * weights).sum() / weights.sum())
+
+    found = minimize(loss, np.full(len(distances), -1.5), method="Nelder-Mead", options={"xatol": 1e-2})
+    return tuple(float(np.exp(s)) for s in found.x), float(found.fun)
+
+
+# --- calibrating --------------------------------------------------------------------------------------------
+
+
+def cross_fit(
+    samples: Samples, settings: Settings, folds: np.ndarray, num_sources: np.ndarray, score: str, real: int | None
+) -> CrossFitted:
+    """
+    Scores of every image by a model of the other folds, and of images by a model without their class.
+
+    Args:
+        samples ([`Samples`]), settings ([`Settings`]): Of the network that is calibrated.
+        folds (`np.ndarray` of shape `(num_images,)`): From [`source_folds`].
+        num_sources (`np.ndarray` of shape `(K,)`): How many sources each class has.
+        score (`str`): Which of `OPEN_SET_SCORES`, of the embeddings.
+        real (`int`, *optional*): Which class is no generator; it is never left out.
+    """
+    labels = samples.labels.numpy()
+    class_scores, open_set_scores = torch.zeros(len(labels), samples.num_labels).double(), np.zeros(len(labels))
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        scores, embeddings, known = _scored(samples, settings, ~held_out, held_out)
+        class_scores[torch.from_numpy(held_out)] = scores
+        fitted = OPEN_SET_SCORES[score]().fit(known, labels[~held_out])
+        open_set_scores[held_out] = fitted.score_samples(embeddings)
+    strangers = []
+    for left_out in class_folds(labels, real):
+        strange = np.isin(labels, left_out)
+        scores = _scored(samples, settings, ~strange, strange)[0]
+        strangers.append(scores.index_fill(1, torch.from_numpy(left_out), -torch.inf))
+    return CrossFitted(
+        open_set_scores={"embeddings": open_set_scores},
+        class_scores=class_scores.float(),
+        labels=samples.labels,
+        num_sources=torch.from_numpy(num_sources),
+        strangers=torch.cat(strangers).float(),
+    )
+
+
+def _scored(
+    samples: Samples, settings: Settings, fitted: np.ndarray, scored: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Of a network that begins by some images: class scores (m, K) and embeddings (m, A) of others, and the
+    embeddings of its own. The scores are those of one prototype a class, at its mean.
+    """
+    discriminants = [d[0] for d in samples.fit(fitted, [(s,) for s in settings.shrinkages])]
+    embedded = []
+    for images in (scored, fitted):
+        parts = zip(discriminants, settings.scales, samples.untouched(images), strict=True)
+        embedded.append(torch.cat([((x.double() - d.centre) @ d.projection) * s for d, s, x in parts], dim=1))
+    pairs = zip(discriminants, settings.scales, samples.untouched(scored), strict=True)
+    scores = -sum(d.squared_distances(x) * scale**2 for d, scale, x in pairs) / 2
+    return scores.clamp_min(-1e4), *embedded
