@@ -116,13 +116,14 @@ def enroll(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """`protoleak evaluate`: every metric of a checkpoint on a data set's held-out test split."""
+    """`protoleak evaluate`: every metric of a checkpoint on a data set's test splits."""
     from .evaluation.predictions import Subject
     from .evaluation.protocol import evaluate_subject
     from .evaluation.report import SHORTCUT_WARNING, format_report, write_results
     from .evaluation.shortcuts import tells_classes
 
-    subject = Subject.load(arguments.model, arguments.dataset, arguments.unknown)
+    data = (arguments.dataset, arguments.unknown, arguments.source_column)
+    subject = Subject.load(arguments.model, *data)
     evaluation = evaluate_subject(subject, arguments.noise_seeds, arguments.normalise_format)
     if not subject.accelerator.is_main_process:
         return 0
@@ -230,6 +231,8 @@ def _measuring_arguments(command: argparse.ArgumentParser) -> None:
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     _measuring_arguments(command)
     command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
+    what = "the data set's column that tells where an image was collected (default: source)"
+    command.add_argument("--source_column", default="source", help=what)
     what = "encode every image as JPEG of quality 90 first"
     command.add_argument("--normalise_format", action="store_true", help=what)
 
@@ -254,7 +257,7 @@ COMMANDS = {  # name: (function, its arguments, what it is for)
         "a report with reasons and what is needed to repeat it, as one file",
     ),
     "enroll": (enroll, _enroll_arguments, "add a generator from a few images, without training"),
-    "evaluate": (evaluate, _evaluate_arguments, "every metric on a data set's held-out test split"),
+    "evaluate": (evaluate, _evaluate_arguments, "every metric on test images, also from other sources"),
     "robustness": (robustness, _robustness_arguments, "the metrics after every kind of post-processing"),
     "export": (export, _export_arguments, "the network as an ONNX file"),
 }

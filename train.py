@@ -263,7 +263,7 @@ def main() -> None:
     datasets.disable_progress_bars() if not sys.stderr.isatty() else None
     summary = train(arguments)
     if Accelerator().is_main_process:
-        print(format_summary(Evaluation.from_dict(summary).main))
+        print(format_summary(Evaluation.from_dict(summary).splits))
         print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; {arguments.output_dir}")
 
 

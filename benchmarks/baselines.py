@@ -1,5 +1,7 @@
 """
-What simple methods reach on the same split: radial spectra with logistic regression, and a ResNet on pixels.
+What simple methods reach on the same splits: radial spectra with logistic regression, and a ResNet on pixels.
+Where the data set has a split `cross`, known classes from sources that training does not see, the figures of
+both stand side by side.
 
     python benchmarks/baselines.py [DATASET]
 """
@@ -12,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from protoleak import GaussianKDE, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import Predictions
-from protoleak.evaluation.protocol import evaluate_predictions
+from protoleak.evaluation.protocol import TEST_SPLITS, evaluate_splits
 from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.training.initialisation import class_names
@@ -28,7 +30,7 @@ HERE = Path(__file__).parent.parent
 
 
 def load_pixels(
-    name: str, wanted: tuple[str, ...] = ("train", "validation", "test", "unknown"), **crop: int
+    name: str, wanted: tuple[str, ...] = ("train", "validation", *TEST_SPLITS, "unknown"), **crop: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], list[str]]:
     """
     Native crops in [-1, 1], `crop_size` a side and perhaps `num_crops` an image, and labels, -1 for unknown
@@ -142,7 +144,7 @@ def main() -> None:
         ("ResNet on pixels", pixel_resnet_predictions(pixels, labels, len(names))),
     ):
         print(title)
-        print(format_summary(evaluate_predictions(predictions["test"], predictions.get("unknown"), names)))
+        print(format_summary(evaluate_splits(predictions, names)))
 
 
 if __name__ == "__main__":

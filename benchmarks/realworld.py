@@ -166,7 +166,7 @@ def main() -> None:
     path = sys.argv[1]
     vaes, words = encoders(path, sys.argv[2:])
     print("radial spectra and block DCT of pixels, logistic regression on train and validation")
-    print(format_summary(baseline(path)), flush=True)
+    print(format_summary({"test": baseline(path)}), flush=True)
     runs = []
     with tempfile.TemporaryDirectory() as data:
         join(path, data)
@@ -181,7 +181,7 @@ def main() -> None:
     if len(runs) == 2:
         labels, models, detectors = zip(*runs, strict=True)
         print("\nboth asked together")
-        print(format_summary(together(models, detectors, labels[0])))
+        print(format_summary({"test": together(models, detectors, labels[0])}))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.evaluation.metrics import compute_metrics
 from protoleak.evaluation.predictions import predict_splits
-from protoleak.evaluation.protocol import compute_metrics
 from protoleak.evaluation.splits import load_splits
 from protoleak.train import train
 from protoleak.training.arguments import TrainingArguments

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
-    balanced_accuracy_score,
+    recall_score,
     roc_auc_score,
     roc_curve,
 )
@@ -27,6 +27,8 @@ Args:
         density).
     unknown_scores (list of float, optional): The same of images by unknown generators.
     label_names (list of str, optional): Names of the classes, for `per_class_auc`.
+    skip_absent (bool, optional): Whether a class without an image is left out of the averages over classes,
+        for a test set of some of the classes; else it is an error.
 
     The configuration "open-set" has the open-set scores as columns, so that `add_batch` works: `scores` and
     `is_known` instead of the two arguments.
@@ -41,7 +43,8 @@ Returns:
     overlap: 1 - max(TPR - FPR), what the two distributions have in common.
     oscr: Area under correct classification rate against false positive rate (Dhamija et al. 2018).
 Raises:
-    ValueError: on fewer than two classes, a class that is missing, NaN, or shapes that don't agree.
+    ValueError: on fewer than two classes, a class that is missing (with skip_absent, all but one), NaN, or
+        shapes that don't agree.
 Examples:
     >>> metric = evaluate.load("./evaluate_protoleak")
     >>> result = metric.compute(
@@ -54,7 +57,10 @@ Examples:
 
 
 def closed_set_metrics(
-    predictions: np.ndarray, references: np.ndarray, label_names: Sequence[str] | None = None
+    predictions: np.ndarray,
+    references: np.ndarray,
+    label_names: Sequence[str] | None = None,
+    skip_absent: bool = False,
 ) -> dict[str, float | dict[str, float]]:
     """Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1."""
     predictions, references = np.asarray(predictions, float), np.asarray(references)
@@ -71,21 +77,20 @@ def closed_set_metrics(
         raise ValueError(
             f"references must be within 0 and {classes[-1]}; got {sorted(set(references.tolist()))}"
         )
-    if min(counts.values()) == 0:
-        raise ValueError(f"every class needs at least one image for its one-vs-rest AUC; got counts {counts}")
+    present = [k for k, count in counts.items() if count]
+    if len(present) < (2 if skip_absent else len(counts)):
+        needs = "two classes need" if skip_absent else "every class needs"
+        raise ValueError(f"{needs} at least one image for a one-vs-rest AUC; got counts {counts}")
     names = list(label_names) if label_names is not None else [str(k) for k in classes]
     if len(names) != len(classes):
         raise ValueError(f"label_names must name {len(classes)} classes; got {len(names)}")
-    per_class = {
-        n: float(roc_auc_score(references == k, predictions[:, k]))
-        for k, n in zip(classes, names, strict=True)
-    }
+    per_class = {names[k]: float(roc_auc_score(references == k, predictions[:, k])) for k in present}
     best = predictions.argmax(axis=1)
     return {
         "macro_auc": float(np.mean(list(per_class.values()))),
         "per_class_auc": per_class,
         "accuracy": float(accuracy_score(references, best)),
-        "balanced_accuracy": float(balanced_accuracy_score(references, best)),
+        "balanced_accuracy": float(recall_score(references, best, labels=present, average="macro")),
     }
 
 
@@ -128,9 +133,10 @@ def attribution_metrics(
     known_scores: np.ndarray | None = None,
     unknown_scores: np.ndarray | None = None,
     label_names: Sequence[str] | None = None,
+    skip_absent: bool = False,
 ) -> dict:
     """All metrics, see the description of this module's [`ProtoLeakMetric`]."""
-    metrics = closed_set_metrics(predictions, references, label_names)
+    metrics = closed_set_metrics(predictions, references, label_names, skip_absent)
     if (known_scores is None) != (unknown_scores is None):
         raise ValueError("open-set metrics need both known_scores and unknown_scores; got one of them")
     if known_scores is not None:
@@ -182,10 +188,13 @@ class ProtoLeakMetric(evaluate.Metric):
         known_scores=None,
         unknown_scores=None,
         label_names=None,
+        skip_absent=False,
     ) -> dict:
         predictions, references = np.array(predictions), np.array(references)
         if self.config_name == "open-set":
             is_known, scores = np.array(is_known, bool), np.array(scores)
             predictions, references = predictions[is_known], references[is_known]
             known_scores, unknown_scores = scores[is_known], scores[~is_known]
-        return attribution_metrics(predictions, references, known_scores, unknown_scores, label_names)
+        return attribution_metrics(
+            predictions, references, known_scores, unknown_scores, label_names, skip_absent
+        )

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..training.latents import LatentCache, LatentDataset
-from .splits import held_out_images
+from .splits import SOURCE, held_out_images
+
+ORIGINS = ("camera", "generated", "can't tell")  # what a record's `origin` may be
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Predictions:
         statistics (`np.ndarray` of shape `(N, S)`, *optional*): Of the re-simulated latents.
         p_values (`np.ndarray` of shape `(N,)`, *optional*): Conformal, of "made by a known class".
         class_p_values (`np.ndarray` of shape `(N, K)`, *optional*): Conformal, of each class.
+        generated_p_values (`np.ndarray` of shape `(N,)`, *optional*): Conformal, of "made by a generator,
+            known or not"; where there is a class "real".
     """
 
     embeddings: np.ndarray
@@ -39,6 +43,7 @@ class Predictions:
     statistics: np.ndarray | None = None
     p_values: np.ndarray | None = None
     class_p_values: np.ndarray | None = None
+    generated_p_values: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +62,23 @@ class Predictions:
         if self.p_values is None:
             return self.likeliest()
         return np.where(self.p_values <= alpha, self.probabilities.shape[1], self.likeliest())
+
+    def in_sets(self, alpha: float) -> np.ndarray:
+        """Of each class whether `alpha` does not rule it out, or it is the likeliest. (N, K)"""
+        rows = self.class_p_values > alpha
+        rows[np.arange(len(self)), self.likeliest()] = True
+        return rows
+
+    def origins(self, alpha: float, camera_alpha: float, real: int) -> np.ndarray:
+        """
+        Places in `ORIGINS`, as records have them: a camera is told where class `real` alone is left and
+        `camera_alpha` rules out every generator; a generator where `alpha` rules out class `real`. (N,)
+        """
+        in_set = self.in_sets(alpha)
+        real_alone = in_set[:, real] & (in_set.sum(axis=1) == 1) & (self.p_values > alpha)
+        camera = real_alone & (self.generated_p_values <= camera_alpha)
+        generated = ~camera & (self.class_p_values[:, real] <= alpha)
+        return np.select([camera, generated], [0, 1], 2)
 
 
 @torch.no_grad()
@@ -83,7 +105,8 @@ def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
     if output.statistics is not None:
         columns["statistics"] = output.statistics.float()
     columns["probabilities"] = output.logits.double().softmax(dim=1)
-    verdict = {name: getattr(output, name) for name in ("open_set_score", "p_values", "class_p_values")}
+    names = ("open_set_score", "p_values", "class_p_values", "generated_p_values")
+    verdict = {name: getattr(output, name, None) for name in names}
     return columns | {name: part.to(device) for name, part in verdict.items() if part is not None}
 
 
@@ -97,7 +120,7 @@ def predict_splits(
 
 @dataclass
 class Subject:
-    """A checkpoint and the images that it is measured on: `test`, and `unknown` where there are any."""
+    """A checkpoint and the images that it is measured on: `test`, and `cross` and `unknown` if any."""
 
     model: ProtoLeakForImageAttribution
     processor: ProtoLeakImageProcessor
@@ -105,12 +128,15 @@ class Subject:
     accelerator: Accelerator
 
     @classmethod
-    def load(cls, checkpoint: str, dataset: str, unknown: str | None = None) -> "Subject":
+    def load(
+        cls, checkpoint: str, dataset: str, unknown: str | None = None, source_column: str = SOURCE
+    ) -> "Subject":
         """
         Args:
             checkpoint (`str`): Folder or Hub id.
-            dataset (`str`): Whose test split, and unknown split where there is one, are looked at.
+            dataset (`str`): Whose splits test and, where there are such, cross and unknown are looked at.
             unknown (`str`, *optional*): More images by generators that the model doesn't know.
+            source_column (`str`): Of the data set, see [`load_splits`].
 
         Raises:
             ValueError: the checkpoint has no verdicts, or other classes than the data set.
@@ -119,7 +145,7 @@ class Subject:
         if model.detector is None:
             raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
         processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-        splits = held_out_images(dataset, model.config.label_names, unknown)
+        splits = held_out_images(dataset, model.config.label_names, unknown, source_column)
         accelerator = Accelerator()
         return cls(model.to(accelerator.device), processor, splits, accelerator)
 

@@ -1,5 +1,6 @@
 """The evaluation of a checkpoint: metrics of its test images, with intervals, and what they are made of."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -7,21 +8,18 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..configuration_protoleak import FEATURES
-from ..evaluate_protoleak.evaluate_protoleak import (
-    attribution_metrics,
-    closed_set_metrics,
-    open_set_metrics,
-)
+from ..evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
 from ..scores_protoleak import OPEN_SET_SCORES
 from ..training.latents import LatentDataset, View
+from .metrics import RESAMPLES, Metrics, bootstrap, compute_metrics, quantiles, real_scores, reliability
 from .predictions import Predictions, Subject, predict
 from .shortcuts import format_bias
+from .splits import CROSS, count_sources
+from .verdicts import REAL, count_origins, exact_intervals, origin_counts, verdict_counts
 
-REAL = "real"
-RESAMPLES = 300
+TEST_SPLITS = ("test", CROSS)  # images of known classes: from the sources of training, and from other ones
 OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
-
-Metrics = dict[str, Any]  # a number by its name, see `report.TITLES`; and `per_class_auc`, a number a class
+OF_UNKNOWN = ("unknown_rejected", "unknown_called_camera")  # which no image of a known class changes
 
 
 @dataclass
@@ -32,14 +30,24 @@ class SplitEvaluation:
     Args:
         num_test, num_unknown (`int`): Images of known classes, and by unknown generators.
         metrics (`dict`): See [`compute_metrics`].
-        intervals (`dict`): [low, high] of every metric that is one number; 95 %, bootstrap over images.
+        intervals (`dict`): [low, high] of every metric that is one number, 95 %: exact for rates of verdicts,
+            by bootstrap over images for the others.
+        per_class (`dict[str, dict]`): Of each class that occurs its `images`, the one-vs-rest `auc`, the
+            `recall` (of the likeliest class), and the `set_coverage` where there are prediction sets.
         confusion (`list[list[int]]`): Counts; rows are true classes, columns verdicts, "unknown" the last.
         reliability (`list[dict]`): See [`reliability`].
         scores (`dict[str, list[float]]`): What ROC curves are drawn from: the open-set scores of `known` and
             `unknown` images, and the probabilities of the class "real" of `real` and `generated` ones.
         shuffled_macro_auc (`float`): With the labels permuted, mean of 20; near 0.5.
-        per_unknown (`dict[str, dict]`, *optional*): AUROC of known against each unknown generator, how much
-            of it is rejected, and the known class that most of it looks like, with its share.
+        num_sources (`int`, *optional*): Of the images of known classes, where the data set tells it.
+        origins (`dict[str, dict[str, int]]`, *optional*): See [`origin_counts`].
+        same_classes (`dict`, *optional*): The main split's metrics on its images of the classes that occur
+            here; for other splits than the main one.
+        gap (`dict[str, list[float]]`, *optional*): [difference, low, high] of each metric from
+            `same_classes`, 95 %, bootstrap over images; the same unknown images are drawn for both.
+        per_unknown (`dict[str, dict]`, *optional*): Of each unknown generator its `images`, the AUROC of
+            known images against it, how much of it is rejected, the counts of its `origins`, and the known
+            class that most of it looks like, with its share.
         open_set_scores (`dict[str, dict]`, *optional*): Metrics of each open-set score of the package.
         noise (`dict[str, list[float]]`, *optional*): The main metrics for each draw of the evaluation noise,
             the config's first.
@@ -50,10 +58,15 @@ class SplitEvaluation:
     num_unknown: int
     metrics: Metrics
     intervals: dict[str, list[float]]
+    per_class: dict[str, dict[str, float]]
     confusion: list[list[int]]
     reliability: list[dict[str, float]]
     scores: dict[str, list[float]]
     shuffled_macro_auc: float
+    num_sources: int | None = None
+    origins: dict[str, dict[str, int]] | None = None
+    same_classes: Metrics | None = None
+    gap: dict[str, list[float]] | None = None
     per_unknown: dict[str, dict[str, Any]] | None = None
     open_set_scores: dict[str, dict[str, float]] | None = None
     noise: dict[str, list[float]] | None = None
@@ -67,13 +80,15 @@ class Evaluation:
 
     Args:
         labels (`list[str]`): The known classes.
-        alpha (`float`): Level of the verdicts.
+        alpha (`float`): Level of "unknown" and of the prediction sets.
+        camera_alpha (`float`): Level of "a camera".
         open_set_score (`str`): Name of the one in use.
         splits (`dict[str, SplitEvaluation]`): By the name of the test split; the first is the main one.
     """
 
     labels: list[str]
     alpha: float
+    camera_alpha: float
     open_set_score: str
     splits: dict[str, SplitEvaluation]
 
@@ -85,6 +100,11 @@ class Evaluation:
     def metrics(self) -> Metrics:
         """Those of the main split."""
         return self.main.metrics
+
+    def note_sources(self, rows: Mapping[str, Any]) -> None:
+        """Set each split's `num_sources` from the data set's rows of that split."""
+        for name, split in self.splits.items():
+            split.num_sources = count_sources(rows[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as metrics.json has them; what was not measured is left out."""
@@ -101,99 +121,6 @@ class Evaluation:
         return cls(**{f.name: values[f.name] for f in fields(cls)} | {"splits": splits})
 
 
-# --- metrics ------------------------------------------------------------------------------------------------
-
-
-def compute_metrics(
-    test: Predictions, unknown: Predictions | None, label_names: list[str], alpha: float = 0.05
-) -> Metrics:
-    """
-    All metrics of held-out test images of known classes, and of images by unknown generators where there are
-    some.
-
-    Keys are those of `evaluate_protoleak`, and see `report.TITLES`; `real_...` are those of the probability
-    of the class "real", where there is one, against generated images. Error rates of verdicts are at the
-    level `alpha`.
-    """
-    open_set = unknown is not None and test.open_set_score is not None
-    metrics = attribution_metrics(
-        test.probabilities,
-        test.labels,
-        known_scores=test.open_set_score if open_set else None,
-        unknown_scores=unknown.open_set_score if open_set else None,
-        label_names=label_names,
-    )
-    if REAL in label_names:
-        scores = _real_scores(test, label_names.index(REAL))
-        metrics |= {f"real_{name}": value for name, value in open_set_metrics(*scores).items()}
-    own = np.eye(len(label_names))[test.labels]
-    metrics["ece"] = expected_calibration_error(test.probabilities, test.labels)
-    metrics["brier"] = float(np.square(test.probabilities - own).sum(axis=1).mean())
-    return metrics if test.p_values is None else metrics | _verdict_metrics(test, unknown, alpha)
-
-
-def _real_scores(test: Predictions, column: int) -> tuple[np.ndarray, np.ndarray]:
-    """The probability of the class "real", of real and of generated images."""
-    score, is_real = test.probabilities[:, column], test.labels == column
-    return score[is_real], score[~is_real]
-
-
-def _verdict_metrics(test: Predictions, unknown: Predictions | None, alpha: float) -> dict[str, float]:
-    """Error rates of "unknown", and what the prediction sets hold; a set has at least the likeliest class."""
-    metrics = {"false_unknown_rate": float((test.p_values <= alpha).mean())}
-    if unknown is not None:
-        metrics["unknown_rejected"] = float((unknown.p_values <= alpha).mean())
-    images, in_set = np.arange(len(test)), test.class_p_values > alpha
-    in_set[images, test.likeliest()] = True
-    metrics["set_coverage"] = float(in_set[images, test.labels].mean())
-    metrics["ambiguous_rate"] = float((in_set.sum(axis=1) > 1).mean())
-    return metrics
-
-
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """
-    ECE of the likeliest class: mean gap of confidence and accuracy in bins of equal width (Guo et al. 2017).
-    """
-    rows = reliability(probabilities, labels, bins)
-    return float(sum(row["share"] * abs(row["confidence"] - row["accuracy"]) for row in rows))
-
-
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[dict[str, float]]:
-    """Share of images, mean confidence and accuracy in each bin of the likeliest class's probability."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    return [
-        {
-            "share": float((place == b).mean()),
-            "confidence": float(confidence[place == b].mean()),
-            "accuracy": float(right[place == b].mean()),
-        }
-        for b in range(bins)
-        if (place == b).any()
-    ]
-
-
-def bootstrap_intervals(
-    test: Predictions,
-    unknown: Predictions | None,
-    label_names: list[str],
-    alpha: float = 0.05,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict[str, list[float]]:
-    """95 % intervals of every metric that is one number; known images are drawn within each class."""
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(test.labels == k) for k in range(len(label_names))]
-    draws: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        known = test.take(np.concatenate([rng.choice(m, len(m)) for m in members]))
-        other = None if unknown is None else unknown.take(rng.integers(len(unknown), size=len(unknown)))
-        for name, value in compute_metrics(known, other, label_names, alpha).items():
-            if not isinstance(value, dict):
-                draws.setdefault(name, []).append(value)
-    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
-
-
 # --- a test split -------------------------------------------------------------------------------------------
 
 
@@ -204,29 +131,98 @@ def evaluate_predictions(
     alpha: float = 0.05,
     unknown_names: list[str] | None = None,
     resamples: int = RESAMPLES,
+    camera_alpha: float = 0.01,
 ) -> SplitEvaluation:
     """
     The evaluation of what a model, or a baseline, gives for test images.
 
     Args:
-        test: Of images of known classes, each with at least one.
+        test: Of images of known classes, at least two.
         unknown (*optional*): Of images by unknown generators.
         unknown_names (`list[str]`, *optional*): Of each of these, its generator.
         resamples (`int`): Of the bootstrap.
     """
+    parts = {"test": test} | ({} if unknown is None else {"unknown": unknown})
+    return evaluate_splits(parts, label_names, alpha, camera_alpha, unknown_names, resamples)["test"]
+
+
+def evaluate_splits(
+    parts: Mapping[str, Predictions],
+    label_names: list[str],
+    alpha: float = 0.05,
+    camera_alpha: float = 0.01,
+    unknown_names: list[str] | None = None,
+    resamples: int = RESAMPLES,
+) -> dict[str, SplitEvaluation]:
+    """
+    The evaluation of each of `TEST_SPLITS` that is among `parts`, against the part `unknown` where there is
+    one; the later one is compared with the first.
+    """
+    unknown, levels = parts.get("unknown"), (alpha, camera_alpha)
+    splits, main_draws = {}, {}
+    for stream, name in enumerate(TEST_SPLITS):
+        if name not in parts:
+            continue
+        draws = bootstrap(parts[name], unknown, label_names, *levels, resamples, stream)
+        split = _evaluate_split(parts[name], unknown, label_names, levels, unknown_names, draws)
+        if splits:
+            common = parts["test"].take(np.isin(parts["test"].labels, np.unique(parts[name].labels)))
+            if len(common) < len(parts["test"]):
+                main_draws = bootstrap(common, unknown, label_names, *levels, resamples)
+            split.same_classes = compute_metrics(common, unknown, label_names, *levels)
+            split.gap = _gap(split, draws, main_draws)
+        splits[name], main_draws = split, draws
+    return splits
+
+
+def _evaluate_split(
+    test: Predictions, unknown: Predictions | None, label_names: list[str], levels: tuple[float, float],
+    unknown_names: list[str] | None, draws: dict[str, np.ndarray],
+) -> SplitEvaluation:  # fmt: skip
     names = ["unknown"] * (0 if unknown is None else len(unknown)) if unknown_names is None else unknown_names
+    metrics = compute_metrics(test, unknown, label_names, *levels)
+    intervals = {name: quantiles(values) for name, values in draws.items() if name in metrics}
+    if test.p_values is not None:
+        intervals |= exact_intervals(verdict_counts(test, unknown, label_names, *levels))
     open_set = unknown is not None and test.open_set_score is not None
     return SplitEvaluation(
         num_test=len(test),
         num_unknown=0 if unknown is None else len(unknown),
-        metrics=compute_metrics(test, unknown, label_names, alpha),
-        intervals=bootstrap_intervals(test, unknown, label_names, alpha, resamples),
-        confusion=_confusion(test, alpha),
+        metrics=metrics,
+        intervals=intervals,
+        per_class=_per_class(test, metrics["per_class_auc"], label_names, levels[0]),
+        confusion=_confusion(test, levels[0]),
         reliability=reliability(test.probabilities, test.labels),
         scores=_roc_scores(test, unknown, label_names),
         shuffled_macro_auc=_shuffled_macro_auc(test),
-        per_unknown=_per_unknown(test, unknown, label_names, names, alpha) if open_set else None,
+        origins=origin_counts(test, unknown, label_names, *levels),
+        per_unknown=_per_unknown(test, unknown, label_names, names, levels) if open_set else None,
     )
+
+
+def _gap(
+    split: SplitEvaluation, draws: dict[str, np.ndarray], main_draws: dict[str, np.ndarray]
+) -> dict[str, list[float]]:
+    """How far a split is from `same_classes`, with intervals."""
+    names = [name for name in draws if name in main_draws and name not in OF_UNKNOWN]
+    measured = [name for name in names if name in split.metrics and name in split.same_classes]
+    return {
+        name: [split.metrics[name] - split.same_classes[name], *quantiles(draws[name] - main_draws[name])]
+        for name in measured
+    }
+
+
+def _per_class(
+    test: Predictions, aucs: dict[str, float], label_names: list[str], alpha: float
+) -> dict[str, dict[str, float]]:
+    rows = {}
+    for name, auc in aucs.items():
+        k = label_names.index(name)
+        part = test.take(test.labels == k)
+        rows[name] = {"images": len(part), "auc": auc, "recall": float((part.likeliest() == k).mean())}
+        if part.class_p_values is not None:
+            rows[name]["set_coverage"] = float(part.in_sets(alpha)[:, k].mean())
+    return rows
 
 
 def _confusion(test: Predictions, alpha: float) -> list[list[int]]:
@@ -242,27 +238,34 @@ def _roc_scores(test: Predictions, unknown: Predictions | None, label_names: lis
         scores["known"] = test.open_set_score
     if unknown is not None and unknown.open_set_score is not None:
         scores["unknown"] = unknown.open_set_score
-    if REAL in label_names:
-        scores["real"], scores["generated"] = _real_scores(test, label_names.index(REAL))
-    return {name: values.tolist() for name, values in scores.items()}
+    scores["real"], scores["generated"] = real_scores(test, label_names)
+    return {name: values.tolist() for name, values in scores.items() if len(values)}
 
 
 def _shuffled_macro_auc(test: Predictions, repeats: int = 20) -> float:
     rng = np.random.default_rng(0)
     labels = [rng.permutation(test.labels) for _ in range(repeats)]
-    return float(np.mean([closed_set_metrics(test.probabilities, y)["macro_auc"] for y in labels]))
+    return float(np.mean([_macro_auc(test.probabilities, y) for y in labels]))
+
+
+def _macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    return closed_set_metrics(probabilities, labels, skip_absent=True)["macro_auc"]
 
 
 def _per_unknown(
-    test: Predictions, unknown: Predictions, label_names: list[str], generators: list[str], alpha: float
-) -> dict[str, dict[str, Any]]:
+    test: Predictions, unknown: Predictions, label_names: list[str], generators: list[str],
+    levels: tuple[float, float],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     rows = {}
     for generator in np.unique(generators):
         part = unknown.take(np.array(generators) == generator)
         counts = np.bincount(part.likeliest(), minlength=len(label_names))
-        row = {"auroc": open_set_metrics(test.open_set_score, part.open_set_score)["auroc"]}
+        row = {"images": len(part)}
+        row["auroc"] = open_set_metrics(test.open_set_score, part.open_set_score)["auroc"]
         if part.p_values is not None:
-            row["unknown_rejected"] = float((part.p_values <= alpha).mean())
+            row["unknown_rejected"] = float((part.p_values <= levels[0]).mean())
+        if REAL in label_names and part.generated_p_values is not None:
+            row["origins"] = count_origins(part.origins(*levels, label_names.index(REAL)))
         row["likeliest"] = label_names[counts.argmax()]
         row["likeliest_share"] = float(counts.max() / counts.sum())
         rows[str(generator)] = row
@@ -280,6 +283,7 @@ def evaluate_model(
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
     resamples: int = RESAMPLES,
+    cross: LatentDataset | None = None,
 ) -> Evaluation:
     """
     Everything that is to be known of a checkpoint.
@@ -290,15 +294,21 @@ def evaluate_model(
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
         noise_seeds (`int`): How many draws of the evaluation noise the main metrics are given for.
         resamples (`int`): Of the bootstrap.
+        cross (*optional*): As `test`, of images from other sources.
     """
     config = model.config
-    known = predict(model, test, accelerator)
-    other = predict(model, unknown, accelerator) if unknown is not None else None
-    split = evaluate_predictions(known, other, config.label_names, config.alpha, unknown_names, resamples)
-    if other is not None:
-        split.open_set_scores = compare_open_set_scores(model, known, other)
-    split.noise = _over_noise_seeds(model, test, unknown, accelerator, split.metrics, noise_seeds)
-    return Evaluation(config.label_names, config.alpha, config.open_set_title, {"test": split})
+    given = {"test": test, CROSS: cross, "unknown": unknown}
+    data = {name: latents for name, latents in given.items() if latents is not None}
+    parts = {name: predict(model, latents, accelerator) for name, latents in data.items()}
+    levels = (config.alpha, config.camera_alpha)
+    splits = evaluate_splits(parts, config.label_names, *levels, unknown_names, resamples)
+    if unknown is not None:
+        for name, table in compare_open_set_scores(model, parts).items():
+            splits[name].open_set_scores = table
+    first = {name: split.metrics for name, split in splits.items()}
+    for name, draws in _over_noise_seeds(model, data, accelerator, first, noise_seeds).items():
+        splits[name].noise = draws
+    return Evaluation(config.label_names, *levels, config.open_set_title, splits)
 
 
 def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: bool = False) -> Evaluation:
@@ -308,45 +318,60 @@ def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: b
     Args:
         normalise_format (`bool`): Whether every image is encoded as JPEG of quality 90 first.
     """
-    splits, cache = subject.splits, subject.cache()
+    rows, cache = subject.splits, subject.cache()
     view = View(operator="jpeg", strength=90.0) if normalise_format else View()
-    data = {split: cache.encode(rows, view) for split, rows in splits.items()}
-    names = splits["unknown"]["label"] if "unknown" in splits else None
+    data = {name: cache.encode(part, view) for name, part in rows.items()}
+    names = rows["unknown"]["label"] if "unknown" in rows else None
     latents = (data["test"], data.get("unknown"))
-    evaluation = evaluate_model(subject.model, *latents, subject.accelerator, names, noise_seeds)
-    evaluation.main.format_bias = format_bias(splits["test"])
+    evaluation = evaluate_model(
+        subject.model, *latents, subject.accelerator, names, noise_seeds, cross=data.get(CROSS)
+    )
+    evaluation.note_sources(rows)
+    evaluation.main.format_bias = format_bias(rows["test"])
     return evaluation
 
 
-def compare_open_set_scores(model, known: Predictions, unknown: Predictions) -> dict[str, dict[str, float]]:
+def compare_open_set_scores(
+    model, parts: Mapping[str, Predictions]
+) -> dict[str, dict[str, dict[str, float]]]:
     """
-    AUROC, AUPR, FPR95, EER and overlap of the score in use, and of each of the package's, fitted on the
-    checkpoint's training images. benchmarks/open_set.py compares many more.
+    For each of `TEST_SPLITS` among `parts` AUROC, AUPR, FPR95, EER and overlap against the part `unknown`: of
+    the score in use, and of each of the package's, fitted on the checkpoint's training images.
+    benchmarks/open_set.py compares many more.
     """
-    train = model.detector.train_
-    table = {model.config.open_set_title: open_set_metrics(known.open_set_score, unknown.open_set_score)}
+    train, known = model.detector.train_, [name for name in TEST_SPLITS if name in parts]
+    scores = {model.config.open_set_title: {name: part.open_set_score for name, part in parts.items()}}
     for features in FEATURES:
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
-            parts = [score.score_samples(getattr(part, features)) for part in (known, unknown)]
-            table[f"{name} of {features}"] = open_set_metrics(*parts)
-    return table
+            scores[f"{name} of {features}"] = {
+                split: score.score_samples(getattr(part, features)) for split, part in parts.items()
+            }
+    return {
+        split: {title: open_set_metrics(of[split], of["unknown"]) for title, of in scores.items()}
+        for split in known
+    }
 
 
 def _over_noise_seeds(
-    model, test, unknown, accelerator, first: Metrics, count: int
-) -> dict[str, list[float]]:
-    """The main metrics for each draw of the noise; those of the config's own are at hand in `first`."""
-    own_seed, names = model.config.noise_seed, model.config.label_names
-    draws = {name: [first[name]] for name in OVER_NOISE if name in first}
+    model, data: Mapping[str, LatentDataset], accelerator: Accelerator, first: dict[str, Metrics], count: int
+) -> dict[str, dict[str, list[float]]]:
+    """The main metrics of each split for each draw of the noise; `first` are those of the config's own."""
+    config, own_seed = model.config, model.config.noise_seed
+    draws = {
+        split: {name: [metrics[name]] for name in OVER_NOISE if name in metrics}
+        for split, metrics in first.items()
+    }
     try:
         for seed in range(own_seed + 1, own_seed + count):
             model.protoleak.set_noise_seed(seed)
-            other = predict(model, unknown, accelerator) if unknown is not None else None
-            known = predict(model, test, accelerator)
-            metrics = compute_metrics(known, other, names, model.config.alpha)
-            for name, values in draws.items():
-                values.append(metrics[name])
+            parts = {name: predict(model, latents, accelerator) for name, latents in data.items()}
+            for split, values in draws.items():
+                metrics = compute_metrics(
+                    parts[split], parts.get("unknown"), config.label_names, config.alpha, config.camera_alpha
+                )
+                for name in values:
+                    values[name].append(metrics[name])
     finally:
         model.protoleak.set_noise_seed(own_seed)
     return draws

@@ -1,18 +1,20 @@
 """Evaluations as text: tables for a terminal and for Markdown, and the files that commands write."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .predictions import ORIGINS
 from .protocol import Evaluation, SplitEvaluation
 
 TITLES = {
     "macro_auc": "Macro AUC, closed set",
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "coverage_at_90": "share that can be answered, 90 % of it right",
     "real_auroc": "AUROC, real against generated",
     "real_aupr": "AUPR, real against generated",
     "real_fpr95": "FPR at 95 % TPR, generated taken for real",
@@ -24,10 +26,18 @@ TITLES = {
     "eer": "EER, known against unknown",
     "overlap": "overlap, known and unknown",
     "oscr": "OSCR",
+    "generated_called_camera": "generated images called a camera",
+    "unknown_called_camera": "images by unknown generators called a camera",
+    "real_called_camera": "real images called a camera",
+    "camera_called_generated": "real images called generated",
+    "real_cant_tell": "real images of which it can't tell",
+    "single_rate": "known images answered with one class",
+    "single_precision": "of these answers, right",
     "false_unknown_rate": "known images called unknown, at alpha",
     "unknown_rejected": "unknown images called unknown, at alpha",
     "set_coverage": "prediction sets with the right class",
     "ambiguous_rate": "prediction sets of more than one class",
+    "mean_set_size": "classes in a prediction set, mean",
     "ece": "ECE",
     "brier": "Brier score",
 }
@@ -51,46 +61,168 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def format_summary(split: SplitEvaluation) -> str:
-    """Metrics and intervals as a table for a terminal."""
-    lines = [f"{split.num_test} test images of known classes, {split.num_unknown} by unknown generators"]
-    for name, title in _measured(split):
-        low, high = split.intervals[name]
-        lines.append(f"  {title:<42} {split.metrics[name]:.4f}  [{low:.4f}, {high:.4f}]")
+# --- several test splits side by side -----------------------------------------------------------------------
+
+
+def format_summary(splits: Mapping[str, SplitEvaluation]) -> str:
+    """Metrics and intervals as a table for a terminal, a column a test split."""
+    header, *rows = [_metrics_header(splits), *_metrics_rows(splits)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [_images_sentence(splits)]
+    for row in [header, *rows]:
+        lines.append("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
     lines.append("  one-vs-rest AUC of each class")
-    lines += [f"    {name:<40} {auc:.4f}" for name, auc in split.metrics["per_class_auc"].items()]
+    for name in _classes(splits):
+        aucs = [_cell(split.per_class.get(name, {}).get("auc")) for split in splits.values()]
+        lines.append(f"    {name:<40} {'  '.join(f'{auc:<6}' for auc in aucs)}".rstrip())
     return "\n".join(lines)
 
 
-def _measured(split: SplitEvaluation) -> list[tuple[str, str]]:
-    """Name and title of the metrics that there are."""
-    return [(name, title) for name, title in TITLES.items() if name in split.metrics]
-
-
 def format_report(evaluation: Evaluation) -> str:
-    """The whole evaluation as Markdown, one test split after another."""
-    parts = []
-    for name, split in evaluation.splits.items():
-        parts += [f"### {name}"] if len(evaluation.splits) > 1 else []
+    """The whole evaluation as Markdown: the test splits side by side, then what is of one of them."""
+    splits = evaluation.splits
+    levels = f"alpha = {evaluation.alpha}, camera_alpha = {evaluation.camera_alpha}"
+    parts = [f"{_images_sentence(splits)}; 95 % intervals; {levels}.", *_notes(splits)]
+    parts += [markdown_table(_metrics_header(splits), _metrics_rows(splits)), _per_class_table(splits)]
+    parts += [table(splits) for table in (_origins_table, _per_unknown_table) if table(splits)]
+    if evaluation.main.open_set_scores:
+        parts.append(_open_set_table(splits, evaluation.open_set_score))
+    for name, split in splits.items():
+        parts += [f"### {name}"] if len(splits) > 1 else []
         parts += _split_sections(evaluation, split)
     return "\n\n".join(parts)
 
 
+def _images_sentence(splits: Mapping[str, SplitEvaluation]) -> str:
+    (_, main), *others = splits.items()
+    parts = [f"{main.num_test} test images of known classes{_from_sources(main, '')}"]
+    for name, split in others:
+        share = f"{len(split.per_class)} of {len(main.per_class)} classes"
+        parts.append(f"{split.num_test} of {share}{_from_sources(split, 'other ')} ({name})")
+    return ", ".join([*parts, f"{main.num_unknown} by unknown generators"])
+
+
+def _from_sources(split: SplitEvaluation, other: str) -> str:
+    return "" if split.num_sources is None else f" from {split.num_sources} {other}sources"
+
+
+def _notes(splits: Mapping[str, SplitEvaluation]) -> list[str]:
+    """What a reader must know of the columns."""
+    (_, main), *others = splits.items()
+    if not others and main.num_sources is not None:
+        return [
+            "The test images are from sources that training saw, and the data set has no split `cross`: what "
+            "the figures are on other sources is not known."
+        ]
+    notes = []
+    for name, split in others:
+        note = f"The gap is {name} less test"
+        if len(split.per_class) < len(main.per_class):
+            note += f", both on the {len(split.per_class)} classes that {name} has"
+        notes.append(
+            f"{note}. Intervals tell of other images of these sources; other sources may differ by more."
+        )
+    return notes
+
+
+def _measured(splits: Mapping[str, SplitEvaluation]) -> list[str]:
+    """The metrics that there are."""
+    return [name for name in TITLES if any(name in split.metrics for split in splits.values())]
+
+
+def _metrics_header(splits: Mapping[str, SplitEvaluation]) -> list[str]:
+    (first, main), *others = splits.items()
+    header = ["metric", first]
+    for name, split in others:
+        header += [f"{first}, classes of {name}"] if len(split.per_class) < len(main.per_class) else []
+        header += [name, "gap"]
+    return header
+
+
+def _metrics_rows(splits: Mapping[str, SplitEvaluation]) -> list[list[str]]:
+    (_, main), *others = splits.items()
+    rows = []
+    for metric in _measured(splits):
+        row = [TITLES[metric], _cell(main.metrics.get(metric), main.intervals.get(metric))]
+        for _, split in others:
+            if len(split.per_class) < len(main.per_class):
+                row.append(_cell(split.same_classes.get(metric)))
+            row.append(_cell(split.metrics.get(metric), split.intervals.get(metric)))
+            gap = split.gap.get(metric)
+            row.append("" if gap is None else f"{gap[0]:+.4f} [{gap[1]:+.4f}, {gap[2]:+.4f}]")
+        rows.append(row)
+    return rows
+
+
+def _cell(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """A figure with its interval; nothing where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _classes(splits: Mapping[str, SplitEvaluation]) -> list[str]:
+    return list(dict.fromkeys(name for split in splits.values() for name in split.per_class))
+
+
+def _per_class_table(splits: Mapping[str, SplitEvaluation]) -> str:
+    titles = {"images": "images", "auc": "AUC", "recall": "recall", "set_coverage": "set coverage"}
+    told = [row for split in splits.values() for row in split.per_class.values()]
+    shown = [key for key in titles if any(key in row for row in told)]
+    header = ["class", *(f"{name}: {titles[key]}" for name in splits for key in shown)]
+    rows = []
+    for label in _classes(splits):
+        figures = [split.per_class.get(label, {}).get(key) for split in splits.values() for key in shown]
+        rows.append([label, *(str(f) if isinstance(f, int) else _cell(f) for f in figures)])
+    return markdown_table(header, rows)
+
+
+def _origins_table(splits: Mapping[str, SplitEvaluation]) -> str | None:
+    """What images of each kind are said to be: how many, and their share."""
+    rows = {}
+    for name, split in splits.items():
+        for kind, counts in (split.origins or {}).items():
+            title = "by unknown generators" if kind == "unknown" else f"{kind}, {name}"
+            rows[title] = [f"{n} ({n / sum(counts.values()):.1%})" for n in counts.values()]
+    header = ("images", *(f"said to be: {origin}" for origin in ORIGINS))
+    return markdown_table(header, ([title, *cells] for title, cells in rows.items())) if rows else None
+
+
+def _per_unknown_table(splits: Mapping[str, SplitEvaluation]) -> str | None:
+    told = {name: split.per_unknown for name, split in splits.items() if split.per_unknown}
+    if not told:
+        return None
+    of_main = next(iter(told.values()))
+    origins = any("origins" in row for row in of_main.values())
+    header = ["unknown generator", "images", *(f"AUROC, {name} against it" for name in told)]
+    header += ["called unknown", *(ORIGINS if origins else []), "most look like"]
+    rows = []
+    for generator, row in of_main.items():
+        cells = [generator, str(row["images"])]
+        cells += [_cell(table[generator]["auroc"]) for table in told.values()]
+        cells += [_cell(row.get("unknown_rejected")), *map(str, row.get("origins", {}).values())]
+        rows.append([*cells, f"{row['likeliest']}, {row['likeliest_share']:.2f}"])
+    return markdown_table(header, rows)
+
+
+def _open_set_table(splits: Mapping[str, SplitEvaluation], in_use: str) -> str:
+    """All figures of the main split; of the others the AUROC."""
+    (_, main), *others = splits.items()
+    header = ["open-set score", "AUROC", "AUPR", "FPR95", "EER", "overlap"]
+    header += [f"AUROC, {name}" for name, _ in others]
+    rows = []
+    for name, row in main.open_set_scores.items():
+        figures = [row[key] for key in ("auroc", "aupr", "fpr95", "eer", "overlap")]
+        figures += [split.open_set_scores[name]["auroc"] for _, split in others]
+        rows.append([f"{name} (in use)" if name == in_use else name, *map(_cell, figures)])
+    return markdown_table(header, rows)
+
+
+# --- one test split -----------------------------------------------------------------------------------------
+
+
 def _split_sections(evaluation: Evaluation, split: SplitEvaluation) -> list[str]:
-    sections = [
-        f"{split.num_test} test images of known classes, {split.num_unknown} by unknown generators; "
-        f"95 % bootstrap intervals over images; alpha = {evaluation.alpha}.",
-        _metrics_table(split),
-        markdown_table(
-            ("class", "one-vs-rest AUC"),
-            ((name, f"{auc:.4f}") for name, auc in split.metrics["per_class_auc"].items()),
-        ),
-    ]
-    if split.per_unknown:
-        sections.append(_per_unknown_table(split))
-    if split.open_set_scores:
-        sections.append(_open_set_table(split, evaluation.open_set_score))
-    sections += [_confusion_table(evaluation.labels, split), _reliability_table(split)]
+    sections = [_confusion_table(evaluation.labels, split), _reliability_table(split)]
     if split.noise:
         sections.append(_noise_list(split))
     sections.append(f"Macro AUC with permuted labels: {split.shuffled_macro_auc:.4f} (0.5 is chance).")
@@ -99,42 +231,9 @@ def _split_sections(evaluation: Evaluation, split: SplitEvaluation) -> list[str]
     return sections
 
 
-def _metrics_table(split: SplitEvaluation) -> str:
-    rows = []
-    for name, title in _measured(split):
-        low, high = split.intervals[name]
-        rows.append((title, f"{split.metrics[name]:.4f}", f"{low:.4f} to {high:.4f}"))
-    return markdown_table(("metric", "value", "interval"), rows)
-
-
-def _per_unknown_table(split: SplitEvaluation) -> str:
-    header = ("unknown generator", "AUROC, known against it", "called unknown", "most look like")
-    rows = (
-        (
-            name,
-            f"{row['auroc']:.4f}",
-            f"{row['unknown_rejected']:.4f}" if "unknown_rejected" in row else "",
-            f"{row['likeliest']}, {row['likeliest_share']:.2f}",
-        )
-        for name, row in split.per_unknown.items()
-    )
-    return markdown_table(header, rows)
-
-
-def _open_set_table(split: SplitEvaluation, in_use: str) -> str:
-    header = ("open-set score", "AUROC", "AUPR", "FPR95", "EER", "overlap")
-    rows = (
-        (
-            f"{name} (in use)" if name == in_use else name,
-            *(f"{row[key]:.4f}" for key in ("auroc", "aupr", "fpr95", "eer", "overlap")),
-        )
-        for name, row in split.open_set_scores.items()
-    )
-    return markdown_table(header, rows)
-
-
 def _confusion_table(labels: list[str], split: SplitEvaluation) -> str:
-    rows = ((name, *map(str, counts)) for name, counts in zip(labels, split.confusion, strict=True))
+    counted = zip(labels, split.confusion, strict=True)
+    rows = ([name, *map(str, counts)] for name, counts in counted if name in split.per_class)
     return markdown_table(("true class, then verdicts", *labels, "unknown"), rows)
 
 

@@ -7,8 +7,8 @@ from tqdm import tqdm
 
 from ..postprocessing_protoleak import CHAINS, OPERATORS
 from ..training.latents import View
+from .metrics import compute_metrics
 from .predictions import Subject, predict
-from .protocol import compute_metrics
 
 ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected")
 
@@ -25,7 +25,8 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
         `ROBUSTNESS_METRICS` that there are, and `stability`, the share of all images whose verdict is that of
         the untouched image.
     """
-    model, accelerator, rows = subject.model, subject.accelerator, dict(subject.splits)
+    model, accelerator = subject.model, subject.accelerator
+    rows = {split: subject.splits[split] for split in ("test", "unknown") if split in subject.splits}
     names, alpha = model.config.label_names, model.config.alpha
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}

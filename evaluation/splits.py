@@ -15,30 +15,33 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from ..image_processing_protoleak import SUFFIXES, find_images
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
+SOURCE = "source"  # the column that tells where an image was collected
+CROSS = "cross"  # the split of known classes from sources that training never sees
 # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
 HELD_OUT = {"test": 0.3, "validation": 0.2}
 
 
-def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
+def load_splits(name: str | Sequence[str], seed: int = 0, source_column: str = SOURCE) -> DatasetDict:
     """
-    Train, validation, test and, where there is one, unknown, with columns `image` (not decoded) and `label`
-    (str).
+    Train, validation, test and, where there are such, cross and unknown, with columns `image` (not decoded),
+    `label` (str), and `source` where images have one.
 
     Missing validation and test splits are cut from train, by group where a column tells it. Several data sets
     are joined split by split; a generator that one of them trains on is no longer unknown in another.
 
+    Args:
+        source_column (`str`): What the column of sources is called; it becomes `source`.
+
     Raises:
-        ValueError: a data set has no images or labels, or the known classes are fewer than two.
+        ValueError: a data set has no images or labels, or the known classes are fewer than two; no data set
+            has `source_column`, and it is not the default; `cross` has a class that train lacks, or a source
+            that its class has in train or validation.
     """
     names = [name] if isinstance(name, str) else list(name)
-    parts = [_load(part, seed) for part in names]
-    if len(parts) == 1:
-        (splits,) = parts
-    else:
-        splits = DatasetDict()
-        for split in dict.fromkeys(split for part in parts for split in part):
-            rows = [part[split].select_columns(["image", "label"]) for part in parts if split in part]
-            splits[split] = datasets.concatenate_datasets(rows)
+    parts = [_load(part, seed, source_column) for part in names]
+    if source_column != SOURCE and not any(SOURCE in part["train"].column_names for part in parts):
+        raise ValueError(f"{', '.join(names)} has no column {source_column!r} that tells the sources")
+    splits = parts[0] if len(parts) == 1 else _joined(parts, names)
     name, known = ", ".join(names), set(splits["train"]["label"])
     if len(known) < 2:
         raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
@@ -47,6 +50,8 @@ def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
             raise ValueError(
                 f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
             )
+    if CROSS in splits:
+        _check_cross(splits, known, name)
     if "unknown" in splits and known & set(splits["unknown"]["label"]):
         labels = np.array(splits["unknown"]["label"])
         splits["unknown"] = splits["unknown"].select(np.flatnonzero(~np.isin(labels, list(known))))
@@ -55,9 +60,48 @@ def load_splits(name: str | Sequence[str], seed: int = 0) -> DatasetDict:
     return splits
 
 
-def _load(name: str, seed: int) -> DatasetDict:
-    """One data set with train, validation, test and perhaps unknown."""
-    splits = _read(name)
+def _joined(parts: Sequence[DatasetDict], names: Sequence[str]) -> DatasetDict:
+    """
+    Data sets split by split, with `group` and `source` where any of them has such. A group of one is none of
+    another's; a data set that tells no sources is one source.
+    """
+    sources = any(SOURCE in part["train"].column_names for part in parts)
+    groups = any(groups_of(part["train"]) is not None for part in parts)
+    splits = DatasetDict()
+    for split in dict.fromkeys(split for part in parts for split in part):
+        shares = []
+        for name, part in ((n, p[split]) for n, p in zip(names, parts, strict=True) if split in p):
+            rows, of_group = part.select_columns(["image", "label"]), groups_of(part)
+            if sources:
+                told = part[SOURCE][:] if SOURCE in part.column_names else [name] * len(part)
+                rows = rows.add_column(SOURCE, [str(source) for source in told])
+            if groups:
+                told = [f"{split}:{i}" for i in range(len(part))] if of_group is None else of_group
+                rows = rows.add_column("group", [f"{name}:{group}" for group in told])
+            shares.append(rows)
+        splits[split] = datasets.concatenate_datasets(shares)
+    return splits
+
+
+def _check_cross(splits: DatasetDict, known: set[str], name: str) -> None:
+    """That the split `cross` shows known classes from sources that these classes don't have in training."""
+    cross = splits[CROSS]
+    if extra := set(cross["label"]) - known:
+        raise ValueError(f"{name}: {CROSS!r} must have classes of train alone; it also has {sorted(extra)}")
+    if SOURCE not in cross.column_names:
+        return
+    of_class = set(zip(cross["label"], cross[SOURCE], strict=True))
+    for split in ("train", "validation"):
+        seen = set(zip(splits[split]["label"], splits[split][SOURCE], strict=True))
+        if both := sorted(of_class & seen):
+            raise ValueError(
+                f"{name}: {CROSS!r} must have other sources of a class than {split!r}; both have {both[:5]}"
+            )
+
+
+def _load(name: str, seed: int, source_column: str) -> DatasetDict:
+    """One data set with train, validation, test and perhaps cross and unknown."""
+    splits = _read(name, source_column)
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
     for split in ("test", "validation"):
@@ -82,16 +126,18 @@ def load_unknown(name: str) -> Dataset:
     return datasets.concatenate_datasets(parts)
 
 
-def held_out_images(name: str, label_names: Sequence[str], unknown: str | None = None) -> DatasetDict:
+def held_out_images(
+    name: str, label_names: Sequence[str], unknown: str | None = None, source_column: str = SOURCE
+) -> DatasetDict:
     """
-    What a model of these classes is measured on: the split `test` of a data set, and `unknown`, its own
-    unknown split and the images of another data set, where there are any.
+    What a model of these classes is measured on: the splits `test` and, where there is one, `cross` of a data
+    set, and `unknown`, its own unknown split and the images of another data set, where there are any.
 
     Raises:
         ValueError: the test split has other classes, or an unknown image is of a known one.
     """
-    available, known = load_splits(name), set(label_names)
-    splits = DatasetDict(test=available["test"])
+    available, known = load_splits(name, source_column=source_column), set(label_names)
+    splits = DatasetDict({split: available[split] for split in ("test", CROSS) if split in available})
     parts = [available["unknown"]] if "unknown" in available else []
     if unknown:
         parts.append(load_unknown(unknown))
@@ -109,8 +155,8 @@ def held_out_images(name: str, label_names: Sequence[str], unknown: str | None =
     return splits
 
 
-def _read(name: str) -> DatasetDict:
-    """The splits that a data set has, with columns `image` (not decoded) and `label` (str)."""
+def _read(name: str, source_column: str = SOURCE) -> DatasetDict:
+    """The splits that a data set has, with columns `image` (not decoded), `label` (str), perhaps `source`."""
     if (Path(name) / "Closed_Set").is_dir():
         splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
         if (Path(name) / "Open_Set").is_dir():
@@ -130,7 +176,7 @@ def _read(name: str) -> DatasetDict:
             # folders of one class
             splits = _load_dataset(name, "imagefolder", data_dir=name, drop_labels=False)
     return DatasetDict(
-        {split: _normalise(rows, f"{name}, split {split!r}") for split, rows in splits.items()}
+        {split: _normalise(rows, f"{name}, split {split!r}", source_column) for split, rows in splits.items()}
     )
 
 
@@ -164,7 +210,7 @@ def _class_folders(root: Path) -> Dataset:
     return Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
-def _normalise(rows: Dataset, what: str) -> Dataset:
+def _normalise(rows: Dataset, what: str, source_column: str = SOURCE) -> Dataset:
     columns = {
         name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)
     }
@@ -173,6 +219,9 @@ def _normalise(rows: Dataset, what: str) -> Dataset:
     image = next(iter(columns))
     rows = rows if image == "image" else rows.rename_column(image, "image")
     rows = rows.cast_column("image", datasets.Image(decode=False))
+    if source_column in rows.column_names and source_column != SOURCE:
+        unused = [SOURCE] if SOURCE in rows.column_names else []
+        rows = rows.remove_columns(unused).rename_column(source_column, SOURCE)
     if isinstance(label := rows.features["label"], ClassLabel):
         names = label.int2str(rows["label"][:])
         rows = rows.remove_columns("label").add_column("label", names)
@@ -183,6 +232,11 @@ def groups_of(rows: Dataset) -> np.ndarray | None:
     """The column that tells which rows belong together, where there is one. (N,)"""
     column = next((c for c in GROUP_COLUMNS if c in rows.column_names), None)
     return None if column is None else np.array(rows[column])
+
+
+def count_sources(rows: Dataset) -> int | None:
+    """How many sources the rows are from, where a column tells it."""
+    return len(set(rows[SOURCE])) if SOURCE in rows.column_names else None
 
 
 def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:

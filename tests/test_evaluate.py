@@ -64,9 +64,23 @@ def test_oscr_by_counting():
     assert open_set_classification_rate(np.ones(3), known + 10, unknown) == 1.0
 
 
+def test_classes_without_images_can_be_skipped(metric, scores):
+    """The average is over the others, each against all images."""
+    predictions, references, *_ = scores
+    here = references != 1
+    result = metric.compute(predictions=predictions[here], references=references[here], skip_absent=True)
+    expected = [roc_auc_score(references[here] == k, predictions[here, k]) for k in (0, 2)]
+    assert result["macro_auc"] == pytest.approx(np.mean(expected))
+    assert set(result["per_class_auc"]) == {"0", "2"}
+    right = predictions[here].argmax(1) == references[here]
+    recalls = [right[references[here] == k].mean() for k in (0, 2)]
+    assert result["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"references": [0] * 60, "skip_absent": True}, "two classes need at least one image"),
         ({"references": [0] * 60}, "at least one image"),
         ({"references": [3] * 60}, "within 0 and 2"),
         ({"predictions": np.full((60, 3), np.nan)}, "NaN"),

@@ -6,18 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from protoleak.cli import main
-from protoleak.evaluation.predictions import Predictions
-from protoleak.evaluation.protocol import (
-    Evaluation,
-    compute_metrics,
-    evaluate_predictions,
-    expected_calibration_error,
-    reliability,
-)
-from protoleak.evaluation.report import TITLES, format_report
+from protoleak.evaluation.metrics import compute_metrics, expected_calibration_error, reliability
+from protoleak.evaluation.predictions import ORIGINS, Predictions
+from protoleak.evaluation.protocol import Evaluation, evaluate_predictions, evaluate_splits
+from protoleak.evaluation.report import TITLES, format_report, format_summary
 from protoleak.evaluation.shortcuts import format_bias, tells_classes
 from protoleak.evaluation.splits import load_splits, load_unknown
+from protoleak.evaluation.verdicts import coverage_at_precision, exact_intervals
 from protoleak.scores_protoleak import OPEN_SET_SCORES
 
 from .conftest import draw
@@ -25,51 +22,172 @@ from .conftest import draw
 NAMES = ["real", "a"]
 
 
-def predictions(probability_of_a, labels, p_values=None, class_p_values=None) -> Predictions:
+def predictions(
+    probability_of_a, labels, p_values=None, class_p_values=None, generated_p_values=None
+) -> Predictions:
     probabilities = np.stack([1 - np.array(probability_of_a), np.array(probability_of_a)], axis=1)
     return Predictions(
         np.zeros((len(labels), 1)), probabilities, np.array(labels), np.array(p_values),
         p_values=np.array(p_values), class_p_values=np.array(class_p_values),
+        generated_p_values=None if generated_p_values is None else np.array(generated_p_values),
     )  # fmt: skip
 
 
 def test_verdict_metrics_by_counting():
     test = predictions(
-        [0.1, 0.6, 0.9, 0.8], [0, 0, 1, 1], p_values=[0.5, 0.05, 0.3, 0.2],
-        class_p_values=[[0.5, 0.01], [0.04, 0.5], [0.06, 0.5], [0.01, 0.02]],
+        [0.1, 0.6, 0.9, 0.8, 0.2], [0, 0, 1, 1, 1], [0.5, 0.05, 0.3, 0.2, 0.4],
+        [[0.5, 0.01], [0.04, 0.5], [0.06, 0.5], [0.01, 0.02], [0.9, 0.03]], [0.01, 0.9, 0.9, 0.9, 0.002],
     )  # fmt: skip
-    unknown = predictions([0.5, 0.5], [-1, -1], [0.01, 0.9], [[0.1, 0.1]] * 2)
-    result = compute_metrics(test, unknown, NAMES, alpha=0.05)
-    assert result["false_unknown_rate"] == 0.25
+    unknown = predictions([0.5, 0.5], [-1, -1], [0.01, 0.9], [[0.1, 0.1], [0.01, 0.1]], [0.5, 0.5])
+    result = compute_metrics(test, unknown, NAMES, alpha=0.05, camera_alpha=0.01)
+    assert result["false_unknown_rate"] == 0.2
     assert result["unknown_rejected"] == 0.5
-    assert result["set_coverage"] == 0.75  # of the second image, the right class has p 0.04
-    assert result["ambiguous_rate"] == 0.25  # the third: both above 0.05
-    assert result["brier"] == pytest.approx(2 * (0.1**2 + 0.6**2 + 0.1**2 + 0.2**2) / 4)
-    assert result["real_auroc"] == 1.0
+    assert result["set_coverage"] == 0.6  # of the second image the right class has p 0.04, of the last 0.03
+    assert result["ambiguous_rate"] == 0.2  # the third: both above 0.05
+    assert result["mean_set_size"] == 1.2
+    assert result["single_rate"] == 0.6  # the second is called unknown
+    assert result["single_precision"] == pytest.approx(2 / 3)  # the last is no camera's
+    assert result["real_called_camera"] == 0.5
+    assert result["camera_called_generated"] == 0.5  # real has p 0.04
+    assert result["real_cant_tell"] == 0
+    assert result["generated_called_camera"] == pytest.approx(1 / 3)
+    assert result["unknown_called_camera"] == 0
+    assert result["brier"] == pytest.approx(2 * (0.1**2 + 0.6**2 + 0.1**2 + 0.2**2 + 0.8**2) / 5)
+    assert result["real_auroc"] == pytest.approx(5 / 6)
     assert set(result) - {"per_class_auc"} == set(TITLES), "every metric has a title"
+    split = evaluate_predictions(test, unknown, NAMES, 0.05, resamples=5)
+    assert split.origins == {
+        "real": dict(zip(ORIGINS, (1, 1, 0), strict=True)),
+        "generated": dict(zip(ORIGINS, (1, 1, 1), strict=True)),
+        "unknown": dict(zip(ORIGINS, (0, 1, 1), strict=True)),
+    }
+    assert split.per_unknown["unknown"]["origins"] == split.origins["unknown"]
+    assert split.per_class["a"] == {
+        "images": 3, "auc": result["per_class_auc"]["a"], "recall": 2 / 3, "set_coverage": 2 / 3,
+    }  # fmt: skip
 
 
-def test_an_evaluation_has_its_test_splits_by_name():
-    """A baseline without verdicts can be evaluated too, and a report tells every split."""
+@pytest.mark.parametrize(
+    ("p_value", "class_p_values", "generated_p_value", "origin"),
+    [
+        (0.5, [0.5, 0.01], 0.01, "camera"),
+        (0.5, [0.5, 0.01], 0.011, "can't tell"),  # a generator is not ruled out at its own level
+        (0.5, [0.5, 0.06], 0.001, "can't tell"),  # nor is the other class
+        (0.05, [0.5, 0.01], 0.001, "can't tell"),  # unknown, and real fits
+        (0.05, [0.05, 0.01], 0.001, "generated"),  # unknown, and real is ruled out
+        (0.5, [0.05, 0.5], 0.5, "generated"),
+    ],
+)
+def test_a_camera_is_said_only_where_every_generator_is_ruled_out(
+    p_value, class_p_values, generated_p_value, origin
+):
+    likeliest = float(class_p_values[1] > class_p_values[0])
+    image = predictions([likeliest], [0], [p_value], [class_p_values], [generated_p_value])
+    assert ORIGINS[image.origins(0.05, 0.01, real=0)[0]] == origin
+
+
+def test_a_rate_of_nothing_still_has_an_interval():
+    low, high = exact_intervals({"none of a hundred": (0, 100)})["none of a hundred"]
+    assert low == 0
+    assert high == pytest.approx(1 - 0.025 ** (1 / 100))
+
+
+def test_coverage_at_a_precision_by_counting():
+    confidence = np.array([0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55])
+    probabilities, right = np.stack([confidence, 1 - confidence], axis=1), np.zeros(10, int)
+    wrong_third = np.eye(10, dtype=int)[2]
+    assert coverage_at_precision(probabilities, right) == 1
+    assert coverage_at_precision(probabilities, wrong_third) == 1  # 9 of 10
+    assert coverage_at_precision(probabilities[:9], wrong_third[:9]) == pytest.approx(2 / 9)
+    assert coverage_at_precision(probabilities, 1 - right) == 0
+    even = np.tile([0.7, 0.3], (4, 1))
+    assert coverage_at_precision(even, np.array([0, 0, 0, 1])) == 0, "equal ones come together"
+
+
+def synthetic(classes, gain, rng, per_class=30) -> Predictions:
+    """Of three classes, real the first; p-values that a calibrated model might give."""
+    labels = np.repeat(classes, per_class)
+    logits = rng.normal(size=(len(labels), 3)) + gain * np.eye(3)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    score = probabilities.max(axis=1)
+    return Predictions(
+        np.zeros((len(labels), 1)), probabilities, labels, score, p_values=score,
+        class_p_values=probabilities, generated_p_values=1 - probabilities[:, 0],
+    )  # fmt: skip
+
+
+def test_same_and_other_sources_stand_side_by_side():
+    """With the gap on the classes that both have; unknown images count against both."""
     rng = np.random.default_rng(0)
-    splits = {}
-    for name, gain in (("same_sources", 4), ("other_sources", 1)):
-        labels = np.arange(60) % 2
-        probabilities = 1 / (1 + np.exp(-(gain * (labels - 0.5) + rng.normal(size=60))))
-        test = Predictions(np.zeros((60, 1)), np.stack([1 - probabilities, probabilities], 1), labels)
-        splits[name] = evaluate_predictions(test, None, NAMES)
-    evaluation = Evaluation(NAMES, 0.05, "kde of embeddings", splits)
-    assert evaluation.metrics == splits["same_sources"].metrics
-    assert evaluation.metrics["macro_auc"] > splits["other_sources"].metrics["macro_auc"]
-    assert [sum(row) for row in splits["other_sources"].confusion] == [30, 30]
-    assert [row[-1] for row in splits["other_sources"].confusion] == [0, 0]  # nothing is called unknown
+    parts = {"test": synthetic([0, 1, 2], 4, rng), "cross": synthetic([0, 1], 1, rng)}
+    parts["unknown"] = synthetic([2], 0, rng)
+    names = ["real", "a", "b"]
+    splits = evaluate_splits(parts, names, 0.1, 0.05, ["c"] * 30, resamples=40)
+    test, cross = splits["test"], splits["cross"]
+    common = compute_metrics(parts["test"].take(parts["test"].labels < 2), parts["unknown"], names, 0.1, 0.05)
+    assert cross.same_classes == common
+    assert set(cross.per_class) == {"real", "a"}
+    for name in ("macro_auc", "accuracy", "auroc", "set_coverage"):
+        gap, low, high = cross.gap[name]
+        assert gap == pytest.approx(cross.metrics[name] - common[name])
+        assert low <= gap <= high
+    assert cross.gap["accuracy"][2] < 0, "it is worse on other sources"
+    assert test.gap is None
+    assert "unknown_rejected" not in cross.gap
+    evaluation = Evaluation(names, 0.1, 0.05, "kde of embeddings", splits)
+    sources = {"test": ["x", "y"], "cross": ["z"]}
+    evaluation.note_sources({name: Dataset.from_dict({"source": of}) for name, of in sources.items()})
+    report = format_report(evaluation)
+    first = (
+        "90 test images of known classes from 2 sources, 60 of 2 of 3 classes from 1 other sources (cross)"
+    )
+    assert report.startswith(f"{first}, 30 by unknown generators; 95 % intervals; alpha = 0.1")
+    assert "| metric | test | test, classes of cross | cross | gap |" in report
+    row = next(line for line in report.splitlines() if line.startswith("| accuracy |"))
+    for figure in (test.metrics["accuracy"], common["accuracy"], cross.metrics["accuracy"]):
+        assert f"| {figure:.4f}" in row
+    assert "| b | 30 |" in report
+    assert "said to be: camera" in report
+    assert "not known" not in report
+    assert f"{cross.metrics['macro_auc']:.4f}" in format_summary(splits)
     values = json.loads(json.dumps(evaluation.to_dict() | {"dataset": "zoo"}))
     assert Evaluation.from_dict(values) == evaluation
-    assert "per_unknown" not in values["splits"]["same_sources"]
-    report = format_report(evaluation)
-    for name, split in splits.items():
-        assert f"### {name}" in report
-        assert f"| {split.metrics['macro_auc']:.4f} |" in report
+    assert "gap" not in values["splits"]["test"]
+
+
+def test_equal_quality_on_other_sources_is_no_gap():
+    rng = np.random.default_rng(1)
+    parts = {"test": synthetic([0, 1, 2], 2, rng, 200), "cross": synthetic([0, 1, 2], 2, rng, 200)}
+    splits = evaluate_splits(parts, ["real", "a", "b"], resamples=60)
+    gap = splits["cross"].gap["macro_auc"]
+    assert gap[1] < 0 < gap[2]
+    assert splits["cross"].same_classes == splits["test"].metrics
+    report = format_report(Evaluation(["real", "a", "b"], 0.05, 0.01, "kde of embeddings", splits))
+    assert "| metric | test | cross | gap |" in report
+
+
+def test_sources_without_a_cross_split_are_said_to_tell_nothing_of_others():
+    parts = {"test": synthetic([0, 1, 2], 2, np.random.default_rng(0))}
+    splits = evaluate_splits(parts, ["real", "a", "b"], resamples=5)
+    evaluation = Evaluation(["real", "a", "b"], 0.05, 0.01, "kde of embeddings", splits)
+    assert "other sources" not in format_report(evaluation)
+    evaluation.note_sources({"test": Dataset.from_dict({"source": ["x", "y"]})})
+    assert "on other sources is not known" in format_report(evaluation)
+
+
+def test_a_baseline_without_verdicts_can_be_evaluated():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    probabilities = 1 / (1 + np.exp(-(4 * (labels - 0.5) + rng.normal(size=60))))
+    test = Predictions(np.zeros((60, 1)), np.stack([1 - probabilities, probabilities], 1), labels)
+    split = evaluate_predictions(test, None, NAMES, resamples=20)
+    assert [sum(row) for row in split.confusion] == [30, 30]
+    assert [row[-1] for row in split.confusion] == [0, 0]  # nothing is called unknown
+    assert not {"set_coverage", "generated_called_camera", "auroc"} & set(split.metrics)
+    evaluation = Evaluation(NAMES, 0.05, 0.01, "none", {"test": split})
+    assert "per_unknown" not in evaluation.to_dict()["splits"]["test"]
+    assert f"| {split.metrics['macro_auc']:.4f} [" in format_report(evaluation)
+    assert "said to be" not in format_report(evaluation)
 
 
 def test_calibration_error_by_counting():
@@ -113,8 +231,8 @@ def test_evaluate_and_robustness(trained, tmp_path, capsys):
     assert split.noise["macro_auc"][0] == evaluation.metrics["macro_auc"]
     assert any(len(set(v)) > 1 for v in split.noise.values()), split.noise
     assert split.shuffled_macro_auc == pytest.approx(0.5, abs=0.1)
-    for title in TITLES.values():
-        assert title in printed.out
+    for name in evaluation.metrics:
+        assert TITLES.get(name, "AUC") in printed.out
 
     assert main(["robustness", *options, "--quick", "--output_dir", str(tmp_path / "out")]) == 0
     table = json.loads((tmp_path / "out/robustness.json").read_text())

@@ -1,8 +1,9 @@
 """Data sets as `load_splits` reads them."""
 
 import numpy as np
-from datasets import load_dataset
-from protoleak.evaluation.splits import load_splits
+import pytest
+from datasets import Dataset, load_dataset
+from protoleak.evaluation.splits import count_sources, groups_of, held_out_images, load_splits
 
 from . import ROOT
 from .conftest import draw
@@ -70,6 +71,59 @@ def test_groups_are_not_split(tmp_path):
     groups = [set(splits[split]["group"]) for split in ("train", "validation", "test")]
     assert sum(map(len, groups)) == 10
     assert not (groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2])
+
+
+def write_sources(target, column="source", **changes):
+    """Parquet files with sources: splits of two classes, `changes` in the place of these rows."""
+    rows = {
+        "train": [("real", "s1"), ("real", "s2"), ("a", "s1"), ("a", "s3")],
+        "validation": [("real", "s1"), ("a", "s3")],
+        "test": [("real", "s2"), ("a", "s1")],
+        "cross": [("a", "s2"), ("a", "s4")],  # s2 holds photographs in training, and no image of a
+    }
+    target.mkdir()
+    for split, pairs in (rows | changes).items():
+        labels, sources = zip(*pairs, strict=True)
+        picture = draw("real", np.random.default_rng(0))
+        images = [picture] * len(pairs)
+        data = Dataset.from_dict(
+            {"image": images, "label": labels, column: sources, "group": range(len(pairs))}
+        )
+        data.to_parquet(target / f"{split}.parquet")
+    return str(target)
+
+
+def test_sources_and_the_split_of_other_ones_are_kept(tmp_path):
+    name = write_sources(tmp_path / "data")
+    splits = load_splits(name)
+    assert list(splits["cross"]["source"]) == ["s2", "s4"]
+    assert count_sources(splits["train"]) == 3
+    assert set(held_out_images(name, ["real", "a"])) == {"test", "cross"}
+    other = write_sources(tmp_path / "other", column="origin")
+    assert count_sources(load_splits(other)["train"]) is None
+    assert list(load_splits(other, source_column="origin")["cross"]["source"]) == ["s2", "s4"]
+    with pytest.raises(ValueError, match="no column 'camera'"):
+        load_splits(other, source_column="camera")
+
+
+@pytest.mark.parametrize(
+    ("cross", "message"),
+    [([("b", "s9")], r"has \['b'\]"), ([("a", "s3")], r"both have \[\('a', 's3'\)\]")],
+)
+def test_a_split_of_other_sources_that_is_none_is_refused(tmp_path, cross, message):
+    with pytest.raises(ValueError, match=message):
+        load_splits(write_sources(tmp_path / "data", cross=cross))
+
+
+def test_joined_data_sets_keep_sources_and_groups_apart(tmp_path, folder):
+    """A data set that tells no sources is one; a group of one is none of the other's."""
+    names = [write_sources(tmp_path / "with"), write_sources(tmp_path / "again"), str(folder)]
+    splits = load_splits(names)
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 8 + 48, "validation": 4 + 24, "test": 4 + 24, "cross": 4, "unknown": 8,
+    }  # fmt: skip
+    assert set(splits["train"]["source"]) == {"s1", "s2", "s3", str(folder)}
+    assert len(set(groups_of(splits["train"]))) == 8 + 48
 
 
 def test_leakzoo_is_what_its_card_says():
