@@ -39,6 +39,7 @@ from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.card import write_card
+from protoleak.training.cross_fitting import join_learned
 from protoleak.training.initialisation import (
     begin_across_sources,
     begin_as_discriminant,
@@ -64,20 +65,20 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
     """
     accelerator, seconds = start_accelerator(arguments), {}
     with timed("encoding", seconds):
-        splits = join_by_source(load_splits(arguments.dataset_name, arguments.seed), arguments)
+        splits = load_splits(arguments.dataset_name, arguments.seed, arguments.source_column)
+        if new := not arguments.model_name_or_path:
+            splits = join_learned(splits)
         model, processor = make_model(arguments, class_names(splits["train"]["label"]), vae)
         model.to(accelerator.device)
         cache = LatentCache(model, processor, accelerator)
-        if new := not arguments.model_name_or_path:
+        if new:
             fit_whitening(model, splits["train"], cache)
         data = encode_splits(splits, cache, arguments.orientations, arguments.augmented_views, arguments.seed)
     cross_fitted, history = None, []
     if new:
         with timed("discriminant", seconds):
             if data.validation is None:
-                cross_fitted = begin_across_sources(
-                    model, data.train.views, *sources_and_groups(splits["train"], arguments.source_column)
-                )
+                cross_fitted = begin_across_sources(model, data.train.views, splits["train"])
             else:
                 begin_as_discriminant(model, data.train, data.validation)
     if cross_fitted is None:
@@ -224,7 +225,7 @@ def summarise(
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": max(0, len(history) - 1),
-        **evaluate_model(model, data.evaluated, accelerator, **options).to_dict(),
+        **evaluate_model(model, **data.evaluated, accelerator=accelerator, **options).to_dict(),
         "history": history,
     }
 

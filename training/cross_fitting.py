@@ -4,15 +4,18 @@ verdicts calibrated by images like those of a new source.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
 from ..density_protoleak import CrossFitted
+from ..evaluation.splits import SOURCE
 from ..scores_protoleak import OPEN_SET_SCORES
 from ..statistics_protoleak import Discriminant, fit_discriminant
 
@@ -71,6 +74,26 @@ class Samples:
         """The families of some images in their first view."""
         rows = torch.from_numpy(np.flatnonzero(images))
         return [family[rows] for family in self.families]
+
+
+def join_learned(splits: DatasetDict) -> DatasetDict:
+    """
+    The splits as cross-fitting over sources needs them: training and validation images in one, where they have
+    sources and some class has several; else as they are.
+    """
+    train = splits["train"]
+    if SOURCE not in train.column_names or not any(c > 1 for c in count_sources(train).values()):
+        return splits
+    shared = [name for name in train.column_names if name in splits["validation"].column_names]
+    parts = [part.select_columns(shared) for part in (train, splits["validation"])]
+    others = {name: part for name, part in splits.items() if name not in ("train", "validation")}
+    return DatasetDict(train=concatenate_datasets(parts), **others)
+
+
+def count_sources(rows: Dataset) -> dict[str, int]:
+    """How many sources each class has."""
+    pairs = set(zip(rows["label"], rows[SOURCE], strict=True))
+    return Counter(label for label, _ in pairs)
 
 
 def source_folds(

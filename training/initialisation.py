@@ -14,11 +14,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
 from ..density_protoleak import CrossFitted
-from ..evaluation.protocol import REAL
+from ..evaluation.splits import SOURCE, groups_of
+from ..evaluation.verdicts import REAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
-from .cross_fitting import Samples, Settings, choose_settings, cross_fit, source_folds
+from .cross_fitting import Samples, Settings, choose_settings, count_sources, cross_fit, source_folds
 from .latents import LatentCache
 from .views import RandomView, without_fillers
 
@@ -96,7 +97,7 @@ def begin_as_discriminant(
 
 
 def begin_across_sources(
-    model: ProtoLeakForImageAttribution, views: list[Dataset], sources: np.ndarray, groups: np.ndarray
+    model: ProtoLeakForImageAttribution, views: list[Dataset], rows: datasets.Dataset
 ) -> CrossFitted:
     """
     Make a new network discriminants of the features of all images, of settings that do best on sources left
@@ -105,19 +106,20 @@ def begin_across_sources(
     Args:
         model ([`ProtoLeakForImageAttribution`]): Its whitening is fitted.
         views (`list[torch.utils.data.Dataset]`): Of the same images, those as they are first.
-        sources, groups (`np.ndarray` of shape `(num_images,)`): See [`source_folds`].
+        rows (`datasets.Dataset`): The same images' labels and sources, see [`join_learned`].
     """
     pooled, labels = zip(*(pool_features(model, view, average_crops=True) for view in views), strict=True)
     model.protoleak.encoder.fit_norm(torch.cat(pooled))
     samples = make_samples(model, torch.cat(pooled), labels[0])
-    folds, everything = source_folds(labels[0].numpy(), sources, groups), np.ones(len(sources), bool)
+    groups = groups_of(rows)
+    groups = np.arange(len(rows)) if groups is None else groups
+    folds, everything = source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups), np.full(len(rows), True)
     settings = choose_settings(samples, [(folds != fold, folds == fold) for fold in np.unique(folds)])
     begin_as(model, samples, everything, settings)
-    names = model.config.label_names
-    counts = [len(set(sources[labels[0].numpy() == k])) for k in range(len(names))]
+    names, counts = model.config.label_names, count_sources(rows)
+    num_sources = np.array([counts[name] for name in names])
     real = names.index(REAL) if REAL in names else None
-    score = model.config.open_set_scores["embeddings"]
-    return cross_fit(samples, settings, folds, np.array(counts), score, real)
+    return cross_fit(samples, settings, folds, num_sources, model.config.open_set_scores["embeddings"], real)
 
 
 def make_samples(model: ProtoLeakForImageAttribution, pooled: torch.Tensor, labels: torch.Tensor) -> Samples:
