@@ -5,6 +5,7 @@ import importlib
 _MODULES = {
     "configuration_protoleak": ["ProtoLeakConfig"],
     "image_processing_protoleak": ["ProtoLeakImageProcessor"],
+    "calibration_protoleak": ["CrossFitted"],
     "density_protoleak": ["GaussianKDE", "OpenSetDetector"],
     "modeling_protoleak": ["ProtoLeakForImageAttribution", "ProtoLeakModel"],
     "pipeline_protoleak": ["ImageAttributionPipeline", "ProtoLeakDiffusionPipeline"],

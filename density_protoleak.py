@@ -1,35 +1,37 @@
 """
 What is known: the detector that holds open-set scores of the known classes and their conformal calibration,
-and its life in a model, from fitting and enrolling to the file of a checkpoint.
+and its file.
 
 Higher scores mean more like the known. Attributes that end in `_` are fitted.
 """
 
+import copy
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from torch.nn import functional as F
-from transformers.utils import cached_file, logging
 
+from .calibration_protoleak import (
+    REAL,
+    CrossFitted,
+    conformal_p_values,
+    fit_temperature,
+    own_class_calibration,
+    upper_p_values,
+)
 from .scores_protoleak import OPEN_SET_SCORES, GaussianKDE, OpenSetScore, as_samples
 from .state_protoleak import read_state, write_state
 
-logger = logging.get_logger(__name__)
-
-DETECTOR_FILE = "density.pkl"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MAX_FOLDS = 20  # in which images calibrate what is fitted on the others
-PARTS = ("embeddings", "gates", "statistics", "labels")  # of the images that a detector remembers
 HALVED = ("gates", "statistics")  # the parts that are rounded to float16, as they are on disk
 STATE = (
     "labels", "open_set_scores", "train_", "held_out_", "chosen_", "spreads_", "calibration_",
-    "own_calibration_", "temperature_", "class_calibration_", "thumbnails_", "probe_",
+    "own_calibration_", "temperature_", "class_calibration_", "generated_calibration_", "thumbnails_",
+    "probe_",
 )  # fmt: skip
 
 
@@ -46,17 +48,21 @@ class OpenSetDetector:
         open_set_scores (`dict[str, str]`):
             A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both.
         train_, held_out_ (`dict[str, torch.Tensor]`):
-            Embeddings and gates (n, D), statistics (n, S) and labels (n,) of training images, and of held-out
-            ones (validation).
+            Embeddings and gates (n, D), labels (n,) and, where a score is of them, statistics (n, S) of
+            training images, and of held-out ones (validation). `held_out_` is `None` where cross-fitting
+            calibrated.
         scores_ (`dict[str, OpenSetScore]`): Fitted on those of training images; not on disk, see there.
         chosen_ (`dict[str, dict[str, float]]`): What fitting them chose, such as a bandwidth.
         spreads_ (`dict[str, list[float]]`):
-            Median and interquartile range of each score on held-out images: the units in which two are added.
-        calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of held-out images.
-        own_calibration_ (`dict[int, torch.Tensor]`): The same of each class that has no held-out images.
+            Median and interquartile range of each score on calibration images, held-out or cross-fitted: the
+            units in which two are added.
+        calibration_ (`torch.Tensor` of shape `(m,)`): Sorted open-set scores of calibration images.
+        own_calibration_ (`dict[int, torch.Tensor]`): The same of each class that was enrolled.
         temperature_ (`float`): What class scores are divided by.
         class_calibration_ (`list[torch.Tensor]`):
-            For each class, the sorted probabilities of that class for its held-out images.
+            For each class, the sorted probabilities of that class for its calibration images.
+        generated_calibration_ (`torch.Tensor` of shape `(g,)`, *optional*):
+            The sorted probabilities of class "real" for generated ones; `None` without such a class.
         thumbnails_ (`dict[int, bytes]`):
             Of training images, by their place in `train_`: small JPEG files, for those nearest to prototypes.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
@@ -71,12 +77,19 @@ class OpenSetDetector:
         self.spreads_: dict[str, list[float]] = {}
         self.own_calibration_: dict[int, torch.Tensor] = {}
         self.temperature_ = 1.0
+        self.class_calibration_: list[torch.Tensor] = []
+        self.generated_calibration_: torch.Tensor | None = None
         self.thumbnails_: dict[int, bytes] = {}
         self._scores: dict[str, OpenSetScore] = {}
 
     @property
     def embedding_size(self) -> int:
         return self.train_["embeddings"].shape[1]
+
+    @property
+    def real(self) -> int | None:
+        """The place of class "real", `None` where there is none."""
+        return self.labels.index(REAL) if REAL in self.labels else None
 
     @property
     def scores_(self) -> dict[str, OpenSetScore]:
@@ -105,35 +118,92 @@ class OpenSetDetector:
         held_out: Any,
         label_names: list[str],
         open_set_scores: dict[str, str] | None = None,
+        cross_fitted: CrossFitted | dict[str, Any] | None = None,
     ) -> "OpenSetDetector":
         """
         Args:
-            train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `statistics` (n, S) and
-                `labels` 0..K-1 (n,). The held-out ones calibrate. A class that has none, one that was
-                enrolled, is calibrated by its own training images, each scored by what is fitted on the
-                others (if they are many, on those of other folds), and for itself alone: a few images of it
-                don't lie as close to the known as hundreds of another class do.
+            train, held_out: Objects or dicts with `embeddings` and `gates` (n, D), `labels` 0..K-1 (n,) and,
+                where a score is of them, `statistics` (n, S). The held-out ones calibrate. A class that has
+                none, one that was enrolled, is calibrated by its own training images, each scored by what is
+                fitted on the others (if they are many, on those of other folds), and for itself alone: a few
+                images of it don't lie as close to the known as hundreds of another class do.
             label_names (`list[str]`): K names.
             open_set_scores (`dict[str, str]`, *optional*):
                 A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both; by default
                 the paper's `"kde"` of embeddings.
+            cross_fitted ([`CrossFitted`] or its fields as a `dict`, *optional*):
+                Calibrates in the place of `held_out`, which may then be `None`: by images of sources that the
+                models that scored them never saw.
         """
         self.labels = list(label_names)
         self.open_set_scores = dict(open_set_scores or {"embeddings": "kde"})
-        self.train_, self.held_out_ = _remembered(train), _remembered(held_out)
+        self.train_, self.held_out_ = self._remembered(train), None
         self._scores, self.chosen_, self.spreads_ = {}, {}, {}
-        held_out_scores = _scored(self.scores_, self.held_out_)
-        for features, scores in held_out_scores.items():
-            low, median, high = np.quantile(scores, [0.25, 0.5, 0.75])
-            self.spreads_[features] = [float(median), max(float(high - low), 1e-12)]
-        self.calibration_ = torch.from_numpy(np.sort(self._added(held_out_scores)))
+        self.own_calibration_, self.class_calibration_, self.generated_calibration_ = {}, [], None
+        fitted = self.scores_  # now, so that what fitting chooses is in the file
+        if cross_fitted is None:
+            self.held_out_ = self._remembered(held_out)
+            self._calibrate_scores(_scored(fitted, self.held_out_))
+        else:
+            by_fold = CrossFitted(**cross_fitted) if isinstance(cross_fitted, dict) else cross_fitted
+            self._calibrate_by(by_fold)
         self.own_calibration_ = self._own_calibration()
         return self
 
+    def _remembered(self, source: Any, labels: Any = None) -> dict[str, torch.Tensor]:
+        """
+        Embeddings, gates, labels and, where a score is of them, statistics of an object or a dict, as tensors
+        that agree.
+        """
+
+        def part(name: str) -> Any:
+            return source[name] if isinstance(source, dict) else getattr(source, name)
+
+        needed = {"embeddings": None, "gates": None} | self.open_set_scores
+        parts = {name: as_samples(part(name)).float() for name in needed}
+        parts |= {name: parts[name].half().float() for name in HALVED if name in parts}
+        parts["labels"] = torch.as_tensor(np.asarray(part("labels") if labels is None else labels)).long()
+        shapes = {name: tuple(values.shape) for name, values in parts.items()}
+        counts = {shape[0] for shape in shapes.values()}
+        if shapes["embeddings"] != shapes["gates"] or len(counts) > 1 or len(shapes["labels"]) != 1:
+            raise ValueError(
+                f"embeddings and gates must be (n, D), statistics (n, S) and labels (n,); got {shapes}"
+            )
+        return parts
+
+    def _calibrate_scores(self, scores: dict[str, np.ndarray]) -> None:
+        """By the open-set scores of calibration images, each (m,)."""
+        for features, values in scores.items():
+            low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+            self.spreads_[features] = [float(median), max(float(high - low), 1e-12)]
+        self.calibration_ = torch.from_numpy(np.sort(self._added(scores)))
+
+    def _calibrate_by(self, cross_fitted: CrossFitted) -> None:
+        """Open-set scores, temperature and classes."""
+        scores = {name: part.numpy() for name, part in cross_fitted.open_set_scores.items()}
+        columns = cross_fitted.class_scores.shape[1]
+        if set(scores) != set(self.open_set_scores) or columns != len(self.labels):
+            raise ValueError(
+                f"cross_fitted must have open_set_scores of {sorted(self.open_set_scores)} and "
+                f"class_scores of {len(self.labels)} classes; got {sorted(scores)} and {columns}"
+            )
+        self._calibrate_scores(scores)
+        labels, real = cross_fitted.labels, self.real
+        self.temperature_ = fit_temperature(cross_fitted.class_scores, labels)
+        probabilities = self._probabilities(cross_fitted.class_scores)
+        self.class_calibration_ = own_class_calibration(probabilities, labels, cross_fitted.num_sources, real)
+        if real is not None:
+            strangers = self._probabilities(cross_fitted.strangers)
+            generated = torch.cat([probabilities[labels != real], strangers])[:, real]
+            self.generated_calibration_ = generated.sort().values
+
+    def _probabilities(self, class_scores: torch.Tensor) -> torch.Tensor:
+        return (class_scores / self.temperature_).softmax(dim=1)
+
     def _own_calibration(self) -> dict[int, torch.Tensor]:
-        """For each class without held-out images the sorted scores of its own, fitted on the others."""
+        """For each class that calibrates itself the sorted scores of its own, fitted on the others."""
         own: dict[int, list[float]] = {}
-        places = torch.tensor(self._without_held_out(), dtype=torch.long)
+        places = torch.tensor(self._self_calibrating(), dtype=torch.long)
         labels = self.train_["labels"]
         for fold in range(min(MAX_FOLDS, len(places))):
             left_out = places[fold::MAX_FOLDS]
@@ -146,47 +216,70 @@ class OpenSetDetector:
                 own.setdefault(label, []).append(score)
         return {k: torch.tensor(sorted(scores), dtype=torch.float64) for k, scores in own.items()}
 
-    def _without_held_out(self) -> list[int]:
-        """Training images of classes that have no held-out images."""
+    def _self_calibrating(self) -> list[int]:
+        """Training images of classes that have no held-out images, or are not yet calibrated."""
         labels = self.train_["labels"]
+        if self.held_out_ is None:
+            return (labels >= len(self.class_calibration_)).nonzero()[:, 0].tolist()
         return (~torch.isin(labels, self.held_out_["labels"])).nonzero()[:, 0].tolist()
 
     def calibration_set(self) -> dict[str, torch.Tensor]:
-        """What logits are calibrated on: embeddings, gates (m, D), statistics (m, S), labels (m,)."""
-        own = self._without_held_out()
-        return {name: torch.cat([self.held_out_[name], self.train_[name][own]]) for name in PARTS}
+        """
+        What logits are yet to be calibrated on: embeddings, gates (m, D), labels (m,). After cross-fitting,
+        that is none, or the images of a class just enrolled.
+        """
+        own = {name: part[self._self_calibrating()] for name, part in self.train_.items()}
+        if self.held_out_ is None:
+            return own
+        return {name: torch.cat([self.held_out_[name], part]) for name, part in own.items()}
 
     def calibrate(self, class_scores: torch.Tensor) -> None:
         """
-        Fit the temperature by the likelihood of the right classes (Guo et al. 2017), then keep the
-        probabilities that label-conditional p-values compare with.
+        Fit the temperature, by [`fit_temperature`], then keep the probabilities that p-values of classes, and
+        of "generated", compare with. What cross-fitting calibrated stays.
 
         Args:
-            class_scores: Of the images of [`calibration_set`], (m, K).
+            class_scores: Of the images of [`calibration_set`], (m, K), before the temperature.
         """
         scores, labels = class_scores.double().cpu(), self.calibration_set()["labels"]
-
-        def loss(log_temperature: float) -> float:
-            return F.cross_entropy(scores / math.exp(log_temperature), labels).item()
-
-        log_temperature = minimize_scalar(loss, bounds=(math.log(1e-3), math.log(1e3)), method="bounded").x
-        self.temperature_ = math.exp(log_temperature)
-        probabilities = (scores / self.temperature_).softmax(dim=1)[torch.arange(len(labels)), labels]
-        self.class_calibration_ = [probabilities[labels == k].sort().values for k in range(len(self.labels))]
+        if self.held_out_ is not None:
+            self.temperature_ = fit_temperature(scores, labels)
+            self.class_calibration_ = []
+            self.generated_calibration_ = None if self.real is None else scores.new_empty(0)
+        probabilities = self._probabilities(scores)
+        done = self.class_calibration_
+        self.class_calibration_ = done + own_class_calibration(probabilities, labels)[len(done) :]
+        if self.generated_calibration_ is not None:
+            generated = probabilities[labels != self.real, self.real]
+            self.generated_calibration_ = torch.cat([self.generated_calibration_, generated]).sort().values
 
     def enroll(self, name: str, images: Any) -> "OpenSetDetector":
         """
         A new detector, yet to be calibrated, that also knows `name`, from a few images of it, at least 2:
-        `embeddings` and `gates` (n, D), `statistics` (n, S).
+        `embeddings` and `gates` (n, D) and, where a score is of them, `statistics` (n, S).
+
+        Where cross-fitting calibrated, the temperature and what the old classes compare with stay as they
+        are, and the new class calibrates itself. Its sets cover images like those few, not those of other
+        sources; and since it takes a share of the probability from all others, the old classes are ruled out
+        somewhat more often than before, and a camera is told less often.
         """
-        new = _remembered(images, np.full(len(images["embeddings"]), len(self.labels)))
         if name in self.labels:
             raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
+        new = self._remembered(images, np.full(len(images["embeddings"]), len(self.labels)))
         if len(new["labels"]) < 2:
             raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
-        train = {part: torch.cat([self.train_[part], new[part]]) for part in PARTS}
-        detector = OpenSetDetector().fit(train, self.held_out_, [*self.labels, name], self.open_set_scores)
+        train = {part: torch.cat([values, new[part]]) for part, values in self.train_.items()}
+        names = [*self.labels, name]
+        if self.held_out_ is not None:
+            detector = OpenSetDetector().fit(train, self.held_out_, names, self.open_set_scores)
+            detector.thumbnails_ = dict(self.thumbnails_)
+            return detector
+        detector = copy.copy(self)
+        detector.labels, detector.train_ = names, train
+        detector._scores = detector._fitted(train, {})
+        detector.chosen_ = {features: score.chosen() for features, score in detector._scores.items()}
         detector.thumbnails_ = dict(self.thumbnails_)
+        detector.own_calibration_ = self.own_calibration_ | detector._own_calibration()
         return detector
 
     # --- verdicts
@@ -215,9 +308,9 @@ class OpenSetDetector:
         P(p <= alpha) <= alpha (Vovk et al. 2005). Where there are `labels` (n,), the likeliest classes,
         images of enrolled ones are compared with these classes' own.
         """
-        p_values = _conformal_p_values(self.calibration_, scores)
+        p_values = conformal_p_values(self.calibration_, scores)
         for label, calibration in self.own_calibration_.items() if labels is not None else ():
-            p_values[labels == label] = _conformal_p_values(calibration, scores[labels == label])
+            p_values[labels == label] = conformal_p_values(calibration, scores[labels == label])
         return p_values
 
     def threshold(self, alpha: float, label: int | None = None) -> float:
@@ -231,27 +324,39 @@ class OpenSetDetector:
     def class_p_values(self, probabilities: np.ndarray) -> np.ndarray:
         """
         Label-conditional p-value of each class, (n, K), from class probabilities (n, K): for an image of
-        class k, exchangeable with the held-out ones, P(p_k <= alpha) <= alpha, so that the classes with p_k >
-        alpha are a set that has the right one with probability 1 - alpha.
+        class k, exchangeable with its calibration images, P(p_k <= alpha) <= alpha, so that the classes with
+        p_k > alpha are a set that has the right one with probability 1 - alpha.
         """
         columns = [
-            _conformal_p_values(calibration, probabilities[:, k])
+            conformal_p_values(calibration, probabilities[:, k])
             for k, calibration in enumerate(self.class_calibration_)
         ]
         return np.stack(columns, axis=1)
 
-    def verdict(self, output: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def generated_p_values(self, probabilities: np.ndarray) -> np.ndarray | None:
         """
-        `open_set_score`, `p_values` and `class_p_values` of an `ImageAttributionOutput`, whose logits are
-        divided by the temperature.
+        Conformal p-value of "made by a generator, known or not", (n,), from class probabilities (n, K):
+        (1 + #{calibration >= P(real)}) / (g + 1) over generated calibration images. For a generated image
+        exchangeable with these, P(p <= alpha) <= alpha. `None` without a class "real".
+        """
+        if self.generated_calibration_ is None:
+            return None
+        return upper_p_values(self.generated_calibration_, probabilities[:, self.real])
+
+    def verdict(self, output: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+        """
+        `open_set_score`, `p_values`, `class_p_values` and `generated_p_values` of an
+        `ImageAttributionOutput`, whose logits are divided by the temperature.
         """
         scores = self.open_set_score(output)
         probabilities = output["logits"].detach().double().softmax(dim=1).cpu().numpy()
-        return {
-            "open_set_score": torch.from_numpy(scores),
-            "p_values": torch.from_numpy(self.p_value(scores, probabilities.argmax(axis=1))),
-            "class_p_values": torch.from_numpy(self.class_p_values(probabilities)),
+        verdict = {
+            "open_set_score": scores,
+            "p_values": self.p_value(scores, probabilities.argmax(axis=1)),
+            "class_p_values": self.class_p_values(probabilities),
+            "generated_p_values": self.generated_p_values(probabilities),
         }
+        return {name: None if part is None else torch.from_numpy(part) for name, part in verdict.items()}
 
     # --- files
 
@@ -259,7 +364,8 @@ class OpenSetDetector:
         """A crash or a full disk leaves the previous file whole."""
         state = {name: getattr(self, name) for name in STATE}
         for name in ("train_", "held_out_"):
-            state[name] = state[name] | {part: state[name][part].half() for part in HALVED}
+            halved = {part: values.half() for part, values in (state[name] or {}).items() if part in HALVED}
+            state[name] = state[name] and state[name] | halved
         write_state(path, state, FORMAT_VERSION)
 
     @classmethod
@@ -275,7 +381,9 @@ class OpenSetDetector:
                 raise ValueError(f"it must hold {STATE}; it differs by {sorted(set(state) ^ set(STATE))}")
             detector = cls()
             vars(detector).update(state)
-            detector.train_, detector.held_out_ = map(_remembered, (state["train_"], state["held_out_"]))
+            detector.train_ = detector._remembered(state["train_"])
+            if detector.held_out_ is not None:
+                detector.held_out_ = detector._remembered(state["held_out_"])
             for features, name in detector.open_set_scores.items():
                 OPEN_SET_SCORES[name](**detector.chosen_.get(features, {}))  # there is such a score
         except OSError:
@@ -285,156 +393,8 @@ class OpenSetDetector:
         return detector
 
 
-def _remembered(source: Any, labels: Any = None) -> dict[str, torch.Tensor]:
-    """Embeddings, gates, statistics and labels of an object or a dict, as tensors that agree."""
-
-    def part(name: str) -> Any:
-        return source[name] if isinstance(source, dict) else getattr(source, name)
-
-    parts = {name: as_samples(part(name)).float() for name in PARTS[:-1]}
-    parts |= {name: parts[name].half().float() for name in HALVED}
-    parts["labels"] = torch.as_tensor(np.asarray(part("labels") if labels is None else labels)).long()
-    shapes = [tuple(values.shape) for values in parts.values()]
-    if shapes[0] != shapes[1] or len({shape[0] for shape in shapes}) > 1 or len(shapes[3]) != 1:
-        raise ValueError(
-            f"embeddings, gates, statistics and labels must be (n, D), (n, D), (n, S) and (n,); got {shapes}"
-        )
-    return parts
-
-
 def _scored(scores: dict[str, OpenSetScore], images: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {features: score.score_samples(images[features]) for features, score in scores.items()}
 
 
-def _conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
-    below = np.searchsorted(calibration.numpy(), scores, side="right")
-    return (1 + below) / (len(calibration) + 1)
-
-
-# --- what a model does with it ------------------------------------------------------------------------------
-
-
-class DetectorMixin:
-    """
-    The known classes of a model, and the life of its `detector`, `None` before it is fitted: fitting,
-    enrolling, checking, and its file.
-    """
-
-    detector: OpenSetDetector | None = None
-
-    def probe(self) -> torch.Tensor:
-        """What VAE and network make of a fixed image, (D,): with the same probe they are the same."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        pixel_values = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
-        training = self.training
-        with torch.no_grad():
-            embedding = self.eval().base_model(pixel_values).embeddings[0].float().cpu()
-        self.train(training)
-        return embedding
-
-    def fit_detector(self, train: Any, held_out: Any) -> None:
-        """
-        Fit open-set scores and calibration on this network's embeddings of known classes.
-
-        Args:
-            train, held_out: With `embeddings`, `gates`, `statistics` and `labels`; see
-                [`OpenSetDetector.fit`].
-        """
-        names, scores = self.config.label_names, self.config.open_set_scores
-        self._take_detector(OpenSetDetector().fit(train, held_out, names, scores))
-
-    @torch.no_grad()
-    def _take_detector(self, detector: OpenSetDetector) -> None:
-        """Calibrate the logits, and hold the detector."""
-        images = detector.calibration_set()
-        embeddings, gates = (images[name].to(self.device) for name in ("embeddings", "gates"))
-        detector.calibrate(self.head(embeddings, gates))
-        detector.probe_ = self.probe()
-        self.detector = detector
-
-    @torch.no_grad()
-    def set_labels(self, names: list[str]) -> None:
-        """
-        Make `names` the classes: a class that was known keeps its prototypes, a new one begins at random. The
-        detector goes.
-        """
-        known = {self.config.id2label[k]: k for k in range(self.config.num_labels)}
-        old = self.head.prototypes
-        new = torch.randn(len(names), *old.shape[1:], dtype=old.dtype).to(old.device) * 0.5
-        for k, name in enumerate(names):
-            if name in known:
-                new[k] = old[known[name]]
-        self.head.prototypes = torch.nn.Parameter(new)
-        self.config.id2label = dict(enumerate(names))
-        self.config.label2id = {name: k for k, name in enumerate(names)}
-        self.detector = None
-
-    @torch.no_grad()
-    def enroll(self, name: str, images: Any) -> None:
-        """
-        Learn one more generator without training: its prototypes are centres of its images' embeddings
-        (k-means), and open-set scores and calibration are fitted again.
-
-        Args:
-            name (`str`): The new class.
-            images: This model's output for 2 of its images or more, or a dict of its `embeddings`, `gates`
-                and `statistics`.
-
-        Raises:
-            ValueError: there is no detector to extend, the name is taken, or there are too few images.
-        """
-        from sklearn.cluster import KMeans
-
-        if self.detector is None:
-            raise ValueError("this model has no detector to extend; train it with train.py first")
-        detector = self.detector.enroll(name, images)
-        embeddings = detector.train_["embeddings"][detector.train_["labels"] == len(detector.labels) - 1]
-        count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
-        centres = KMeans(count, n_init=10, random_state=0).fit(embeddings.numpy()).cluster_centers_
-        self.set_labels(detector.labels)
-        self.head.place(len(detector.labels) - 1, torch.from_numpy(centres))
-        self._take_detector(detector)
-
-    def check_detector(self, detector: OpenSetDetector) -> None:
-        """
-        Raise `ValueError` unless `detector` was fitted on embeddings of this very network, for these labels.
-        """
-        names = self.config.label_names
-        if detector.embedding_size != self.config.embedding_size:
-            raise ValueError(
-                f"the detector was fitted on embeddings of size {detector.embedding_size}, but this model's "
-                f"embedding_size is {self.config.embedding_size}; fit it again with train.py"
-            )
-        if detector.labels != names:
-            raise ValueError(
-                f"the detector was fitted for {detector.labels}, but this model's labels are {names}"
-            )
-        tolerance = 1e-3 if {self.dtype, self.vae.dtype} == {torch.float32} else 0.1
-        expected = detector.probe_.float()
-        tolerance *= float(expected.abs().max())
-        if not torch.allclose(self.probe(), expected, atol=tolerance, rtol=0):
-            raise ValueError(
-                "the detector was fitted for other weights, timesteps or VAE; fit it again with train.py"
-            )
-
-    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
-        path = cached_file(name, DETECTOR_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is not None:
-            detector = OpenSetDetector.load(path)
-            self.check_detector(detector)
-            self.detector = detector
-
-    def _save_detector(self, folder: Path) -> None:
-        if self.detector is not None:
-            try:
-                self.check_detector(self.detector)
-            except ValueError as error:
-                logger.warning("%s is left out: %s", DETECTOR_FILE, error)
-                self.detector = None
-        if self.detector is not None:
-            self.detector.save(folder / DETECTOR_FILE)
-        else:
-            (folder / DETECTOR_FILE).unlink(missing_ok=True)
-
-
-__all__ = ["GaussianKDE", "OpenSetDetector"]
+__all__ = ["CrossFitted", "GaussianKDE", "OpenSetDetector"]

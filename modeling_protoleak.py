@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, schedule_of
 from .configuration_protoleak import ProtoLeakConfig
-from .density_protoleak import DetectorMixin
+from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain, keep_thumbnails
 from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
@@ -80,8 +80,8 @@ class ImageAttributionOutput(ModelOutput):
         open_set_score (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
             How much like the known classes' images it is, by the config's `open_set_scores`, once a detector
             is fitted.
-        p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*): Conformal p of "made by a known
-            class".
+        p_values, generated_p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
+            Conformal p of "made by a known class", and of "made by a generator, known or not".
         class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
             Label-conditional conformal p of each class.
         crop_logits (`torch.FloatTensor` of shape `(batch_size, num_crops, num_labels)`, *optional*): Class
@@ -94,6 +94,7 @@ class ImageAttributionOutput(ModelOutput):
     open_set_score: torch.Tensor | None = None
     p_values: torch.Tensor | None = None
     class_p_values: torch.Tensor | None = None
+    generated_p_values: torch.Tensor | None = None
     embeddings: torch.FloatTensor | None = None
     gates: torch.FloatTensor | None = None
     temporal_weights: torch.FloatTensor | None = None

@@ -34,7 +34,7 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
-from protoleak.density_protoleak import CrossFitted
+from protoleak.calibration_protoleak import CrossFitted
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments

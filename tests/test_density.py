@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from protoleak import GaussianKDE, OpenSetDetector
-from protoleak.density_protoleak import PARTS, STATE
+from protoleak.density_protoleak import STATE
 from protoleak.scores_protoleak import OPEN_SET_SCORES
 
 # --- calibration --------------------------------------------------------------------------------------------
@@ -71,7 +71,10 @@ def test_a_detector_survives_saving(detector, blobs, tmp_path, monkeypatch):
     for name in STATE:
         expected, value = getattr(detector, name), getattr(loaded, name)
         if name in ("train_", "held_out_"):
-            assert all(torch.equal(value[part], expected[part]) for part in PARTS)  # rounded in the fit
+            assert (
+                set(value) == set(expected) == {"embeddings", "gates", "labels"}
+            )  # no score is of statistics
+            assert all(torch.equal(value[part], expected[part]) for part in value)  # rounded in the fit
         elif name == "class_calibration_":
             assert all(map(torch.equal, value, expected))
         elif isinstance(expected, torch.Tensor):
@@ -135,9 +138,9 @@ def test_damaged_files_are_named(content, tmp_path):
 
 def test_a_file_of_the_format_before_tells_what_to_do(tmp_path):
     """As the previous version wrote it."""
-    before = {"version": 5, "density": {"class": "KnownDensity", "state": {"labels": ["real", "a"]}}}
+    before = {"version": 6, "state": {"labels": ["real", "a"]}}
     (tmp_path / "density.pkl").write_bytes(pickle.dumps(before, protocol=4))
-    with pytest.raises(ValueError, match=r"density\.pkl.*version 5.*reads version 6.*again with train\.py"):
+    with pytest.raises(ValueError, match=r"density\.pkl.*version 6.*reads version 7.*again with train\.py"):
         OpenSetDetector.load(tmp_path / "density.pkl")
 
 
@@ -174,7 +177,7 @@ def test_enrolling_extends_the_detector(detector, blobs):
         detector.enroll("a", images(new))
     with pytest.raises(ValueError, match="at least 2"):
         detector.enroll("c", images(new[:1]))
-    with pytest.raises(ValueError, match=r"\(10, 128\), \(5, 128\)"):
+    with pytest.raises(ValueError, match=r"\(10, 128\), 'gates': \(5, 128\)"):
         detector.enroll("c", images(new) | {"gates": new[:5]})
 
 
@@ -269,6 +272,153 @@ def test_the_temperature_is_found(detector):
     detector.calibrate(torch.from_numpy(true * 7.0))
     found = detector.temperature_
     grid = np.geomspace(1, 50, 2000)
-    losses = [-torch.tensor(true * 7 / t).log_softmax(1)[np.arange(len(draws)), draws].mean() for t in grid]
+    own = np.arange(len(draws)), draws
+    weights = torch.from_numpy(1 / np.bincount(draws)[draws])  # classes count alike
+    losses = [-(weights * torch.tensor(true * 7 / t).log_softmax(1)[own]).sum() for t in grid]
     assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.01)
     assert 3 < found < 14
+
+
+# --- cross-fitting ------------------------------------------------------------------------------------------
+
+NAMES = ["real", "a", "b"]
+
+
+def cross_fitted(labels: np.ndarray, num_sources: list[int], seed: int = 3, strangers: int = 0) -> dict:
+    """Scores that tell the classes somewhat apart; strangers without column 1."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(strangers, 3))
+    logits[:, 1] = -np.inf
+    scores = rng.normal(size=(len(labels), 3)) + 2 * np.eye(3)[labels]
+    of_images = {"embeddings": rng.normal(size=len(labels))}
+    return {
+        "open_set_scores": of_images, "class_scores": scores, "labels": labels, "num_sources": num_sources,
+        "strangers": logits,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trained_on(blobs) -> dict[str, np.ndarray]:
+    samples, labels, _ = blobs
+    return images(samples) | {"labels": labels}
+
+
+def softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
+    weights = np.exp(scores / temperature)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def test_cross_fitting_calibrates_everything(trained_on):
+    given = cross_fitted(labels := np.repeat([0, 1, 2], [50, 10, 5]), [3, 2, 1], strangers=20)
+    detector = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given)
+    assert detector.held_out_ is None
+    scores = given["open_set_scores"]["embeddings"]
+    np.testing.assert_array_equal(detector.calibration_, np.sort(scores))
+    assert detector.spreads_["embeddings"] == pytest.approx([np.median(scores), scipy.stats.iqr(scores)])
+    probabilities = softmax(given["class_scores"], detector.temperature_)
+    own = probabilities[np.arange(65), labels]
+    np.testing.assert_allclose(detector.class_calibration_[0], np.sort(own[:50]))
+    np.testing.assert_allclose(detector.class_calibration_[1], np.sort(own[50:60]), err_msg="a lends alone")
+    np.testing.assert_allclose(detector.class_calibration_[2], np.sort(own[50:]), err_msg="b borrows of a")
+    generated = [*probabilities[50:, 0], *softmax(given["strangers"], detector.temperature_)[:, 0]]
+    np.testing.assert_allclose(detector.generated_calibration_, np.sort(generated))
+    assert detector.own_calibration_ == {}
+    assert len(detector.calibration_set()["labels"]) == 0
+    temperature, calibration = detector.temperature_, list(detector.class_calibration_)
+    detector.calibrate(torch.empty(0, 3))  # as a model does when it takes the detector
+    assert detector.temperature_ == temperature
+    assert all(map(torch.equal, detector.class_calibration_, calibration))
+
+
+def test_photographs_neither_lend_nor_borrow(trained_on):
+    given = cross_fitted(labels := np.repeat([0, 1, 2], 8), [1, 1, 4])
+    detector = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given)
+    own = softmax(given["class_scores"], detector.temperature_)[np.arange(24), labels]
+    for k, expected in enumerate((own[:8], own[8:], own[16:])):
+        np.testing.assert_allclose(detector.class_calibration_[k], np.sort(expected))
+    many = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given | {"num_sources": [5, 1, 1]})
+    assert [len(part) for part in many.class_calibration_] == [8, 8, 8], "real does not lend"
+
+
+def test_a_big_class_does_not_set_the_temperature(trained_on):
+    given = cross_fitted(np.repeat([0, 1, 2], [300, 20, 20]), [2, 2, 2])
+    once = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given).temperature_
+    big = given["labels"] == 0
+    doubled = given | {
+        name: np.concatenate([given[name], given[name][big]]) for name in ("class_scores", "labels")
+    }
+    doubled["open_set_scores"] = {"embeddings": np.zeros(640)}
+    again = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=doubled).temperature_
+    assert again == pytest.approx(once, rel=1e-3)
+
+
+def test_p_values_of_generated_keep_their_promise():
+    """Of generated images exchangeable with the calibration ones at most alpha have p <= alpha."""
+    rng, detector, realised = np.random.default_rng(1), OpenSetDetector(), []
+    detector.labels = NAMES
+    for _ in range(400):
+        probabilities = rng.dirichlet([1, 2, 2], size=60)
+        detector.generated_calibration_ = torch.from_numpy(np.sort(probabilities[:40, 0]))
+        realised.append((detector.generated_p_values(probabilities[40:]) <= 0.1).mean())
+    assert np.mean(realised) == pytest.approx(4 / 41, abs=0.015)
+    detector.generated_calibration_ = torch.tensor([0.1, 0.5, 0.5])
+    probabilities = np.array([[0.6, 0.2, 0.2], [0.5, 0.3, 0.2], [0.0, 0.5, 0.5]])
+    assert detector.generated_p_values(probabilities).tolist() == [0.25, 0.75, 1.0]
+
+
+def test_held_out_generated_images_calibrate_without_cross_fitting(detector):
+    assert len(detector.generated_calibration_) == (detector.held_out_["labels"] != 0).sum()
+    detector.labels = ["c", "a", "b"]
+    detector.calibrate(torch.zeros(len(detector.held_out_["labels"]), 3))
+    assert detector.generated_calibration_ is None
+    verdict = detector.verdict(images(np.zeros((2, 128))) | {"logits": torch.zeros(2, 3)})
+    assert verdict["generated_p_values"] is None
+
+
+def test_cross_fitted_calibration_survives_saving_and_enrolling(trained_on, tmp_path):
+    given = cross_fitted(np.arange(60) % 3, [2, 2, 1], strangers=5)
+    detector = OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given)
+    detector.probe_ = torch.zeros(128)
+    detector.save(path := tmp_path / "density.pkl")
+    loaded = OpenSetDetector.load(path)
+    rng = np.random.default_rng(4)
+    new = images(rng.normal(size=(6, 128)) + 4)
+    enrolled = loaded.enroll("c", new)
+    assert enrolled.calibration_set()["labels"].tolist() == [3] * 6
+    enrolled.calibrate(torch.from_numpy(rng.normal(size=(6, 4))))
+    again = enrolled.enroll("d", new)
+    again.calibrate(torch.from_numpy(rng.normal(size=(6, 5))))
+    for more, num_new in ((enrolled, 1), (again, 2)):
+        assert more.temperature_ == detector.temperature_
+        assert torch.equal(more.calibration_, detector.calibration_)
+        assert all(map(torch.equal, more.class_calibration_[:3], detector.class_calibration_))
+        assert [len(part) for part in more.class_calibration_[3:]] == [6] * num_new
+        assert len(more.generated_calibration_) == 45 + 6 * num_new
+        assert [len(part) for part in more.own_calibration_.values()] == [6] * num_new
+    assert len(loaded.class_calibration_) == 3, "the detector that was extended stays as it was"
+
+
+def test_a_detector_of_2500_images_is_small(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(2500) % 3
+    train = images(rng.normal(size=(2500, 128))) | {"labels": labels, "statistics": None}
+    given = cross_fitted(labels, [2, 2, 2], strangers=1000)
+    detector = OpenSetDetector().fit(train, None, NAMES, {"embeddings": "l2_kde"}, given)
+    detector.probe_ = torch.zeros(128)
+    detector.save(path := tmp_path / "density.pkl")
+    assert path.stat().st_size < 3e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": np.zeros(60, int)}, "every class"), ({"num_sources": [1, 2]}, "num_sources"),
+        ({"open_set_scores": {"embeddings": np.zeros(9)}}, "open_set_scores embeddings"),
+        ({"open_set_scores": {"statistics": np.zeros(60)}}, r"\['embeddings'\].*\['statistics'\]"),
+        ({"class_scores": np.full((60, 3), np.nan)}, "NaN"),
+        ({"strangers": np.full((5, 3), -np.inf)}, "NaN"), ({"strangers": np.zeros((5, 2))}, "strangers"),
+    ],
+)  # fmt: skip
+def test_cross_fitted_scores_that_do_not_fit_are_named(trained_on, change, message):
+    given = cross_fitted(np.arange(60) % 3, [2, 2, 1]) | change
+    with pytest.raises(ValueError, match=message):
+        OpenSetDetector().fit(trained_on, None, NAMES, cross_fitted=given)

@@ -64,7 +64,7 @@ def test_training_learns_and_writes_a_checkpoint(trained):
 def test_processed_images_are_known_and_calibrate_where_training_sees_them(trained):
     model, cache = load(trained.checkpoint)  # with a post-processed view of each image
     assert (len(model.detector.train_["labels"]), len(model.detector.calibration_)) == (96, 48)
-    first, second = model.detector.train_["statistics"].split(48)
+    first, second = model.detector.train_["embeddings"].split(48)
     assert (model.detector.train_["labels"][:48] == model.detector.train_["labels"][48:]).all()
     assert ((first - second).abs().amax(dim=1) > 1e-3).all()
     untouched = encode_splits(load_splits(str(trained.folder)), cache, 2, augmented_views=0, seed=0)

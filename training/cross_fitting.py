@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from scipy.optimize import minimize
 from torch.nn import functional as F
 
-from ..density_protoleak import CrossFitted
+from ..calibration_protoleak import CrossFitted
 from ..evaluation.splits import SOURCE
 from ..scores_protoleak import OPEN_SET_SCORES
 from ..statistics_protoleak import Discriminant, fit_discriminant

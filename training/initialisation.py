@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
-from ..density_protoleak import CrossFitted
+from ..calibration_protoleak import CrossFitted
 from ..evaluation.splits import SOURCE, groups_of
 from ..evaluation.verdicts import REAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor

@@ -1,0 +1,140 @@
+"""
+Calibration: the temperature of class scores, conformal p-values, and what cross-fitting over sources gives
+for both.
+
+n, m, K in shapes: images of known classes, images of strangers, known classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+
+REAL = "real"  # the class of photographs; every other is a generator
+
+
+@dataclass
+class CrossFitted:
+    """
+    What models said of images whose sources they never saw: those of the folds of a cross-fitting. Arrays or
+    tensors are taken, and held as tensors.
+
+    Args:
+        open_set_scores (`dict[str, torch.DoubleTensor]` of shape `(n,)`):
+            For `"embeddings"`, `"statistics"` or both, the raw score of each image by its fold's model,
+            fitted on that fold's training images.
+        class_scores (`torch.DoubleTensor` of shape `(n, K)`): Logits before the temperature, by the same
+            models.
+        labels (`torch.LongTensor` of shape `(n,)`): Classes 0..K-1. Each class has images.
+        num_sources (`torch.LongTensor` of shape `(K,)`): How many sources each class has.
+        strangers (`torch.DoubleTensor` of shape `(m, K)`, *optional*):
+            Logits of generated images by models that did not see their class, -inf in the columns of the
+            classes left out. m may be 0.
+
+    Raises:
+        ValueError: the shapes don't agree, a class has no image, or a value is NaN or infinite.
+    """
+
+    open_set_scores: dict[str, Any]
+    class_scores: Any
+    labels: Any
+    num_sources: Any
+    strangers: Any = None
+
+    def __post_init__(self):
+        self.class_scores = as_double(self.class_scores)
+        self.labels, self.num_sources = as_long(self.labels), as_long(self.num_sources)
+        self.open_set_scores = {name: as_double(part) for name, part in self.open_set_scores.items()}
+        if self.class_scores.ndim != 2:
+            raise ValueError(f"class_scores must be (n, K); got {tuple(self.class_scores.shape)}")
+        n, num_labels = self.class_scores.shape
+        self.strangers = as_double(torch.empty(0, num_labels) if self.strangers is None else self.strangers)
+        shapes = {"labels": (self.labels, (n,)), "num_sources": (self.num_sources, (num_labels,))}
+        shapes |= {f"open_set_scores {name}": (x, (n,)) for name, x in self.open_set_scores.items()}
+        shapes["strangers"] = self.strangers, (len(self.strangers), num_labels)
+        for name, (part, shape) in shapes.items():
+            if tuple(part.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape}, as class_scores have; got {tuple(part.shape)}"
+                )
+        for part in (self.class_scores, *self.open_set_scores.values(), self.strangers.softmax(dim=1)):
+            if not part.isfinite().all():
+                raise ValueError("cross-fitted scores contain NaN or infinite values")
+        if self.labels.unique().tolist() != list(range(num_labels)):
+            raise ValueError(
+                f"every class 0..{num_labels - 1} needs cross-fitted images, and no other may have any; got "
+                f"labels {self.labels.unique().tolist()}"
+            )
+
+
+def as_double(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values if isinstance(values, torch.Tensor) else np.asarray(values)).double().cpu()
+
+
+def as_long(values: Any) -> torch.Tensor:
+    return torch.as_tensor(values if isinstance(values, torch.Tensor) else np.asarray(values)).long().cpu()
+
+
+def fit_temperature(class_scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    The number that class scores (n, K) are to be divided by, by the likelihood of the right classes (n,) (Guo
+    et al. 2017). Classes count alike, however many images they have.
+    """
+    counts = labels.bincount(minlength=class_scores.shape[1])
+    weights = 1 / counts[labels].double() / (counts > 0).sum()
+    own = torch.arange(len(labels)), labels
+
+    def loss(log_temperature: float) -> float:
+        log_probabilities = (class_scores / math.exp(log_temperature)).log_softmax(dim=1)[own]
+        return -(weights * log_probabilities).sum().item()
+
+    bounds = math.log(1e-3), math.log(1e3)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+
+
+def own_class_calibration(
+    probabilities: torch.Tensor,
+    labels: torch.Tensor,
+    num_sources: torch.Tensor | None = None,
+    real: int | None = None,
+) -> list[torch.Tensor]:
+    """
+    For each class the sorted probabilities of that class for its own images: what its p-value compares with.
+
+    A generator of a single source shows nothing of how it varies from source to source, and its images could
+    only be left out in groups. It borrows: its calibration has the own-class probabilities of the generators
+    of two sources or more besides its own. Class `real` never lends or borrows.
+
+    Args:
+        probabilities, labels: (n, K) and (n,).
+        num_sources (*optional*): (K,); without, no class borrows.
+        real (`int`, *optional*): The place of the class of photographs.
+    """
+    own = probabilities[torch.arange(len(labels)), labels]
+    lent = torch.zeros(len(labels), dtype=torch.bool)
+    if num_sources is not None:
+        lent = num_sources[labels] >= 2
+        lent &= labels != (-1 if real is None else real)
+    calibration = []
+    for k in range(probabilities.shape[1]):
+        borrows = num_sources is not None and num_sources[k] < 2 and k != real
+        chosen = (labels == k) | lent if borrows else labels == k
+        calibration.append(own[chosen].sort().values)
+    return calibration
+
+
+def conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
+    """(1 + #{calibration <= score}) / (m + 1), (n,), of sorted calibration scores (m,) and scores (n,)."""
+    below = np.searchsorted(calibration.numpy(), scores, side="right")
+    return (1 + below) / (len(calibration) + 1)
+
+
+def upper_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:
+    """(1 + #{calibration >= score}) / (m + 1), (n,), of the same."""
+    return conformal_p_values(-calibration.flip(0), -scores)
+
+
+__all__ = ["REAL", "CrossFitted"]
