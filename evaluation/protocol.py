@@ -325,7 +325,7 @@ def compare_open_set_scores(model, known: Predictions, unknown: Predictions) -> 
     """
     train = model.detector.train_
     table = {model.config.open_set_title: open_set_metrics(known.open_set_score, unknown.open_set_score)}
-    for features in FEATURES:
+    for features in (name for name in FEATURES if name in train):
         for name, make in OPEN_SET_SCORES.items():
             score = make().fit(train[features], train["labels"])
             parts = [score.score_samples(getattr(part, features)) for part in (known, unknown)]
