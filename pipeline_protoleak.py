@@ -72,11 +72,9 @@ def attribution_record(
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
     is_unknown = p_value is not None and p_value <= alpha
-    prediction_set = ruled_out = None
+    sets = None, None
     if class_p_values is not None:
-        likely = [k for k in order if class_p_values[k] > alpha or (k == order[0] and not is_unknown)]
-        prediction_set = [] if is_unknown else [labels[k] for k in likely]
-        ruled_out = [labels[k] for k in order if k not in likely]
+        sets = _sets([labels[k] for k in order], class_p_values[order] <= alpha, is_unknown)
     record = {
         "origin": None,
         "label": UNKNOWN if is_unknown else attributions[0]["label"],
@@ -85,19 +83,25 @@ def attribution_record(
         "p_value": p_value,
         "generated_p_value": generated_p_value,
         "open_set_score": open_set_score,
-        "prediction_set": prediction_set,
-        "ruled_out": ruled_out,
+        "prediction_set": sets[0],
+        "ruled_out": sets[1],
         "attributions": attributions,
     }
     if generated_p_value is not None:
-        record["origin"] = _origin(prediction_set, ruled_out, generated_p_value <= camera_alpha)
+        record["origin"] = _origin(record, generated_p_value <= camera_alpha)
     return {"verdict": verdict_sentence(record)} | record
 
 
-def _origin(prediction_set: list[str], ruled_out: list[str], not_generated: bool) -> str:
-    if prediction_set == [REAL] and not_generated:
+def _sets(names: list[str], is_low: torch.Tensor, is_unknown: bool) -> tuple[list[str], list[str]]:
+    """`prediction_set` and `ruled_out`, from names, likeliest first, and whether each one's p-value is low."""
+    out = [name for i, name in enumerate(names) if is_low[i] and (is_unknown or i > 0)]
+    return [] if is_unknown else [name for name in names if name not in out], out
+
+
+def _origin(record: dict[str, Any], not_generated: bool) -> str:
+    if record["prediction_set"] == [REAL] and not_generated:
         return CAMERA
-    return GENERATED if REAL in ruled_out else CANT_TELL
+    return GENERATED if REAL in record["ruled_out"] else CANT_TELL
 
 
 def verdict_sentence(record: dict[str, Any]) -> str:
@@ -174,17 +178,30 @@ class ImageAttributionPipeline(Pipeline):
             kwargs["batch_size"] = 1  # of one image and its re-encodings
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image: Any, explain: bool = False):
-        images = [image, *self.image_processor.reencoded(image)] if explain else image
-        return self.image_processor(images, return_tensors="pt")
+    def preprocess(self, image: Any, explain: bool = False) -> dict[str, Any]:
+        size = {}
+        if explain:
+            image = self.image_processor.open(image)
+            size = {"image_size": image.size}
+            image = [image, *self.image_processor.reencoded(image)]
+        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        # transformers fills tensors of different lengths up with zeros, but for those named "pixel_values"
+        return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | size
 
-    def _forward(self, model_inputs):
-        return self.model(**model_inputs)
+    def _forward(self, model_inputs: dict[str, Any]):
+        size = model_inputs.pop("image_size", None)
+        (pixel_values,) = model_inputs.values()
+        output = self.model(pixel_values)
+        if size is not None:
+            output["image_size"] = size
+        return output
 
     def postprocess(self, model_outputs, explain: bool = False, **levels: float) -> dict[str, Any]:
         record, *others = records_of(model_outputs, self.model.config, **levels)
         if explain:
-            record["explanation"] = self.model.explain(model_outputs)[0]
+            boxes = self.image_processor.crop_boxes(*model_outputs["image_size"])
+            crop_boxes = [boxes] * len(model_outputs["logits"])
+            record["explanation"] = self.model.explain(model_outputs, crop_boxes=crop_boxes)[0]
             record["explanation"]["stability"] = stability(record, self.image_processor.reencodings, others)
         return record
 

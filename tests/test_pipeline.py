@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from protoleak import ImageAttributionPipeline
+from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
 from protoleak.cli import main
 from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record, verdict_sentence
 from transformers import pipeline
@@ -151,6 +151,40 @@ def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
     assert attribute([]) == []
 
 
+def test_images_of_different_sizes_have_one_record_in_any_batch(fitted_model):
+    processor = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    images = [np.random.default_rng(0).integers(0, 256, (n, n, 3), dtype=np.uint8) for n in (32, 40, 64, 50)]
+    shapes = []
+    fitted_model.register_forward_pre_hook(lambda model, given: shapes.append(tuple(given[0].shape)))
+    assert len(attribute(images, batch_size=4)) == 4
+    assert [attribute(image)["label"] for image in images]
+    assert [shape[:2] for shape in shapes] == [(4, 4), (1, 1), (1, 4), (1, 4), (1, 4)]
+
+
+def test_an_explanation_tells_of_each_crop(fitted_model, photo):
+    processor = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
+    (whole,) = ImageAttributionPipeline(
+        model=fitted_model, image_processor=ProtoLeakImageProcessor(crop_size=32)
+    )(photo, explain=True)["explanation"]["crops"]
+    assert [whole[side] for side in ("x", "y", "width", "height")] == [4, 0, 40, 40]
+    assert whole["weight"] == 1
+    output = fitted_model(**processor(photo))
+    logits = torch.tensor([[[0.0, 2, 0], [0, 0, 3], [5, 0, 0], [0, 0, 0], [9, 9, 9]]])
+    output["crop_logits"], output["crop_weights"] = logits, torch.tensor([[0.5, 0.2, 0.3, 0.0, 0.0]])
+    boxes = processor.crop_boxes(*photo.size)
+    (reason,) = fitted_model.explain(output, crop_boxes=[boxes])
+    crops = reason["crops"]
+    assert [tuple(crop[s] for s in ("x", "y", "width", "height")) for crop in crops] == boxes
+    assert [crop["weight"] for crop in crops] == pytest.approx([0.5, 0.2, 0.3, 0.0]), "without the filler"
+    assert [crop["label"] for crop in crops][:3] == ["a", "b", "real"]
+    probabilities = logits[0].softmax(dim=1)
+    for crop, row in zip(crops, probabilities, strict=False):
+        assert (crop["score"], crop["real_score"]) == pytest.approx((row.max().item(), row[0].item()))
+    json.dumps(crops)
+    assert fitted_model.explain(output)[0]["crops"] is None
+
+
 def test_camera_alpha_moves_the_verdict(fitted_model, processor, photo):
     detector, config = fitted_model.detector, fitted_model.config
     detector.calibration_ = torch.full((10,), -1e9).double()
@@ -238,6 +272,18 @@ def test_attribute_writes_a_record_a_file_and_goes_on_after_a_bad_one(checkpoint
             assert (record["width"], record["height"]) == (48, 40)
             assert len(record["sha256"]) == 64
     assert "1 of 10 files" in capsys.readouterr().err
+
+
+def test_attribute_takes_images_of_different_sizes_in_one_batch(checkpoint, tmp_path):
+    ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4).save_pretrained(checkpoint)
+    (folder := tmp_path / "sizes").mkdir()
+    for side in (20, 32, 64):
+        Image.new("RGB", (side, side), "green").save(folder / f"{side}.png")
+    output = tmp_path / "sizes.jsonl"
+    assert main(["attribute", str(folder), "--model", str(checkpoint), "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["width"] for record in records] == [20, 32, 64]
+    assert all(record["verdict"] for record in records)
 
 
 def test_attribute_prints_a_table(checkpoint, images, capsys):
