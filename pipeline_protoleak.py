@@ -87,19 +87,20 @@ def attribution_record(
         "ruled_out": sets[1],
         "attributions": attributions,
     }
-    if generated_p_value is not None:
-        record["origin"] = _origin(record, generated_p_value <= camera_alpha)
+    record["origin"] = _origin(record, camera_alpha)
     return {"verdict": verdict_sentence(record)} | record
 
 
 def _sets(names: list[str], is_low: torch.Tensor, is_unknown: bool) -> tuple[list[str], list[str]]:
-    """`prediction_set` and `ruled_out`, from names, likeliest first, and whether each one's p-value is low."""
+    """`prediction_set` and `ruled_out` of names, likeliest first, and whether each one's p-value is low."""
     out = [name for i, name in enumerate(names) if is_low[i] and (is_unknown or i > 0)]
     return [] if is_unknown else [name for name in names if name not in out], out
 
 
-def _origin(record: dict[str, Any], not_generated: bool) -> str:
-    if record["prediction_set"] == [REAL] and not_generated:
+def _origin(record: dict[str, Any], camera_alpha: float) -> str | None:
+    if record["generated_p_value"] is None:
+        return None
+    if record["prediction_set"] == [REAL] and record["generated_p_value"] <= camera_alpha:
         return CAMERA
     return GENERATED if REAL in record["ruled_out"] else CANT_TELL
 
