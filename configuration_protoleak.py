@@ -10,7 +10,8 @@ LARGEST = 65536  # of any size, so that a hostile config can't ask for all memor
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 SIZES = ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps", "patch_size")
 NUMBERS = (
-    "time_dropout", "feature_dropout", "attention_entropy_weight", "alpha", "beta_start", "beta_end",
+    "time_dropout", "feature_dropout", "attention_entropy_weight", "alpha", "camera_alpha", "beta_start",
+    "beta_end",
 )  # fmt: skip
 DEFAULT_BACKBONE = {  # ResNet-18, the paper's encoder
     "model_type": "resnet",
@@ -84,8 +85,11 @@ class ProtoLeakConfig(PreTrainedConfig):
             `"l2_mahalanobis"`: after scaling to unit length, under Gaussians for the classes that share a
             covariance. See `scores_protoleak.py`.
         alpha (`float`, defaults to 0.05):
-            Level of the open-set verdict, in (0, 1): an image is "unknown" when its conformal p-value is at
-            most alpha.
+            Level of the verdict, in (0, 1): an image is "unknown" when its conformal p-value is at most
+            alpha, and a class is ruled out when its own is.
+        camera_alpha (`float`, defaults to 0.01):
+            Level of "a camera", in (0, 1): it is said only where the conformal p-value of "made by a
+            generator, known or not" is at most camera_alpha besides.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -120,6 +124,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     beta_schedule: str = "scaled_linear"
     open_set_scores: dict[str, str] | None = None
     alpha: float = 0.05
+    camera_alpha: float = 0.01
 
     def __post_init__(self, **kwargs):
         self.timesteps, self.temperature_range = list(self.timesteps), list(self.temperature_range)
@@ -192,7 +197,8 @@ class ProtoLeakConfig(PreTrainedConfig):
         self._require(
             "attention_entropy_weight", self.attention_entropy_weight >= 0, "a number of at least 0"
         )
-        self._require("alpha", 0 < self.alpha < 1, "a number in (0, 1)")
+        for name in ("alpha", "camera_alpha"):
+            self._require(name, 0 < getattr(self, name) < 1, "a number in (0, 1)")
         self._require(
             "beta_start", 0 < self.beta_start <= self.beta_end, f"a number in (0, beta_end = {self.beta_end}]"
         )

@@ -5,21 +5,29 @@ dimension of the embedding contributes, and the image's place among known ones.
 The `model` of every function is a `ProtoLeakForImageAttribution`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .calibration_protoleak import REAL
 from .image_processing_protoleak import thumbnail
 
 
-def explain(model: Any, output: Any, num_prototypes: int = 3) -> list[dict[str, Any]]:
+def explain(
+    model: Any,
+    output: Any,
+    num_prototypes: int = 3,
+    crop_boxes: Sequence[Sequence[tuple[int, int, int, int]]] | None = None,
+) -> list[dict[str, Any]]:
     """
     Why each image of an output got its scores.
 
     Args:
         output (`ImageAttributionOutput`): What the model gave, with the dimension of images.
         num_prototypes (`int`): How many of the nearest prototypes are told.
+        crop_boxes (*optional*): For each image what its crops show, see
+            [`~ProtoLeakImageProcessor.crop_boxes`].
 
     Returns:
         For each image a `dict` with
@@ -28,6 +36,7 @@ def explain(model: Any, output: Any, num_prototypes: int = 3) -> list[dict[str, 
         - contributions: see [`contributions`];
         - timesteps: `timestep` and `weight` of each;
         - open_set: see [`place_among_known`];
+        - crops: see [`crops_of`]; `None` without `crop_boxes`;
         - embedding: h.
     """
     distances = model.head.distances(output.embeddings, output.gates)  # (B, K, M)
@@ -42,6 +51,7 @@ def explain(model: Any, output: Any, num_prototypes: int = 3) -> list[dict[str, 
                 "contributions": contributions(model, output, i),
                 "timesteps": [{"timestep": t, "weight": weight} for t, weight in steps],
                 "open_set": place_among_known(model, output, i),
+                "crops": None if crop_boxes is None else crops_of(model, output, i, crop_boxes[i]),
                 "embedding": output.embeddings[i].float().tolist(),
             }
         )
@@ -107,6 +117,28 @@ def place_among_known(model: Any, output: Any, i: int) -> dict[str, Any] | None:
         "rank": (calibration < score).double().mean().item(),
         "count": len(calibration),
     }
+
+
+def crops_of(
+    model: Any, output: Any, i: int, boxes: Sequence[tuple[int, int, int, int]]
+) -> list[dict[str, Any]]:
+    """
+    For each crop of image i where it lies (`x`, `y`, `width`, `height`, in pixels of the image), its
+    `weight`, the share of the evidence that it has, the likeliest class of it alone (`label`) with its
+    probability (`score`), and the probability of "real" (`real_score`, `None` without such a class). A crop
+    of weight 0 was passed over: what it says means nothing.
+    """
+    logits, weights = output.logits[i][None], torch.ones(1)
+    if output.get("crop_logits") is not None:  # an image has these with several crops; fillers come last
+        logits, weights = output["crop_logits"][i], output["crop_weights"][i]
+    names = model.config.label_names
+    crops = []
+    for box, weight, row in zip(boxes, weights.tolist(), logits.double().softmax(dim=1), strict=False):
+        likeliest = int(row.argmax())
+        crop = dict(zip(("x", "y", "width", "height"), box, strict=True))
+        crop |= {"weight": weight, "label": names[likeliest], "score": row[likeliest].item()}
+        crops.append(crop | {"real_score": row[names.index(REAL)].item() if REAL in names else None})
+    return crops
 
 
 def prototype_examples(model: Any, count: int = 3) -> dict[tuple[int, int], list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ from .postprocessing_protoleak import postprocess
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
+NUM_CROPS = (1, 4, 9, 16)
 MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
 
 
@@ -174,7 +175,10 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
             at native resolution, which keeps the traces that resampling destroys; smaller images are padded
             by reflection.
         resample (`int`, defaults to 3, bicubic): Filter of the resizing, as in `PIL.Image.Resampling`.
-        num_crops (`int`, defaults to 1): Crops an image: one at the centre, or several spread evenly over it.
+        num_crops (`int`, defaults to 1):
+            The most crops an image, 1, 4, 9 or 16. One is at the centre. Of several, those that an image gets
+            follow from its size: along either side as many as fit without overlapping, rounded up, at most
+            the root of `num_crops`, spread evenly from edge to edge.
         max_pixels (`int`): Larger images are refused.
 
     Raises:
@@ -195,11 +199,12 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         for argument, value in {
             "crop_size": crop_size,
-            "num_crops": num_crops,
             "max_pixels": max_pixels,
         }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument} must be an integer of at least 1; got {argument}={value!r}")
+        if num_crops not in NUM_CROPS:
+            raise ValueError(f"num_crops must be one of {NUM_CROPS}; got num_crops={num_crops!r}")
         if resample not in list(Image.Resampling):
             raise ValueError(
                 f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}"
@@ -214,31 +219,62 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for a list.
 
         Returns:
-            `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, with
-            several crops, (batch_size, num_crops, 3, crop_size, crop_size): float32 in [-1, 1].
+            `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, unless
+            `num_crops` is 1, (batch_size, V, 3, crop_size, crop_size), V the most crops that an image of the
+            batch has, see [`stack_crops`]: float32 in [-1, 1].
         """
         if kwargs:
             raise ValueError(f"preprocess takes images and return_tensors; got {sorted(kwargs)}")
         images = images if isinstance(images, list | tuple) else [images]
         if not images:
             raise ValueError("images is empty; pass at least one image")
-        pixel_values = [self.pixel_values(image) for image in images]
+        pixel_values = stack_crops([self.pixel_values(image) for image in images])
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def open(self, image: Any) -> Image.Image:
+        """[`open_image`] within `max_pixels`."""
+        return open_image(image, self.max_pixels)
 
     def pixel_values(self, image: Any) -> np.ndarray:
         """
-        The crops of one image: float32 (3, S, S), or (num_crops, 3, S, S) with several crops, in [-1, 1].
+        The crops of one image: float32 (3, S, S), or (V, 3, S, S) unless `num_crops` is 1, in [-1, 1]; V as
+        its size asks for.
         """
-        image = open_image(image, self.max_pixels)
-        if self.do_resize:
-            scale = self.crop_size / min(image.size)
-            image = image.resize([max(self.crop_size, round(n * scale)) for n in image.size], self.resample)
-        array = _reflect_pad(np.asarray(image), self.crop_size)
-        crops = np.stack(
-            [array[y : y + self.crop_size, x : x + self.crop_size] for y, x in self._corners(array.shape)]
-        )
-        crops = crops.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-        return crops[0] if self.num_crops == 1 else crops
+        image = self.open(image)
+        size = self._working_size(*image.size)
+        if size != image.size:
+            image = image.resize(size, self.resample)
+        crops = [
+            _reflect_pad(np.asarray(image.crop(window)), self.crop_size) for window in self._windows(*size)
+        ]
+        pixels = np.stack(crops).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        return pixels[0] if self.num_crops == 1 else pixels
+
+    def crop_boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
+        """
+        What the crops of an image of this size show, in the order of `pixel_values`: (x, y, width, height) of
+        each, in pixels of the upright image, before any resizing.
+        """
+        wide, high = self._working_size(width, height)
+        boxes = []
+        for window in self._windows(wide, high):
+            left, right = (round(x * width / wide) for x in window[::2])
+            top, bottom = (round(y * height / high) for y in window[1::2])
+            boxes.append((left, top, right - left, bottom - top))
+        return boxes
+
+    def _working_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image as crops are cut from it."""
+        if not self.do_resize:
+            return width, height
+        scale = self.crop_size / min(width, height)
+        return max(self.crop_size, round(width * scale)), max(self.crop_size, round(height * scale))
+
+    def _windows(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
+        """Left, top, right and bottom of each crop, within an image of this size; row by row."""
+        side, most = self.crop_size, math.isqrt(self.num_crops)
+        lefts, tops = (_spread(max(0, n - side), min(most, math.ceil(n / side))) for n in (width, height))
+        return [(x, y, min(x + side, width), min(y + side, height)) for y in tops for x in lefts]
 
     @property
     def reencodings(self) -> list[str]:
@@ -247,18 +283,24 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
 
     def reencoded(self, image: Any) -> list[Image.Image]:
         """An image as it may come back from a platform, in each way of `reencodings`."""
-        image = open_image(image, self.max_pixels)
+        image = self.open(image)
         return [postprocess(image, name, value) for name, value in REENCODINGS]
-
-    def _corners(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        columns = math.ceil(math.sqrt(self.num_crops))
-        rows = math.ceil(self.num_crops / columns)
-        y_free, x_free = (n - self.crop_size for n in shape[:2])
-        return [(y, x) for y in _spread(y_free, rows) for x in _spread(x_free, columns)][: self.num_crops]
 
     def to_dict(self) -> dict[str, Any]:
         name = type(self).__name__
         return super().to_dict() | {"auto_map": {"AutoImageProcessor": f"image_processing_protoleak.{name}"}}
+
+
+def stack_crops(images: list[np.ndarray]) -> np.ndarray:
+    """
+    What [`~ProtoLeakImageProcessor.pixel_values`] gives for several images as one batch: (B, 3, S, S), or
+    (B, V, 3, S, S) with V the most crops that one of them has. Those with fewer are filled up with crops of
+    zeros, which are flat and so carry no evidence.
+    """
+    most = max(len(crops) for crops in images)
+    if images[0].ndim == 3:
+        return np.stack(images)
+    return np.stack([np.pad(crops, [(0, most - len(crops))] + [(0, 0)] * 3) for crops in images])
 
 
 def _spread(free: int, count: int) -> list[int]:

@@ -509,9 +509,9 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         prototypes[..., : means.shape[1]] += means[:, None].to(prototypes)
 
     @torch.no_grad()
-    def explain(self, output: ImageAttributionOutput, num_prototypes: int = 3) -> list[dict[str, Any]]:
+    def explain(self, output: ImageAttributionOutput, **options: Any) -> list[dict[str, Any]]:
         """Why each image of an output got its scores, as plain values: see `explanation_protoleak.py`."""
-        return explain(self, output, num_prototypes)
+        return explain(self, output, **options)
 
     @torch.no_grad()
     def keep_thumbnails(self, open_training_image: Callable[[int], Any], max_bytes: int = 1_000_000) -> None:

@@ -1,6 +1,6 @@
 """
 Pipelines: `ImageAttributionPipeline` for transformers and `ProtoLeakDiffusionPipeline` for diffusers. The
-record of one attribution is made here.
+record of one attribution, and its verdict in words, are made here.
 
 This module imports no other of the package: diffusers loads it alone.
 """
@@ -16,9 +16,16 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 TASK = "image-attribution"
 UNKNOWN = "unknown"
+REAL = "real"  # the class of photographs; every other is a generator
+CAMERA, GENERATED, CANT_TELL = "camera", "generated", "can't tell"  # the origins
+LISTED = 3  # so many classes at most are named in a verdict
 KDE_OF_EMBEDDINGS = {"embeddings": "kde"}  # the open-set score that is a log density in nats
 RECORD_FIELDS = (
-    "label", "score", "is_unknown", "p_value", "open_set_score", "prediction_set", "attributions",
+    "verdict", "origin", "label", "score", "is_unknown", "p_value", "generated_p_value", "open_set_score",
+    "prediction_set", "ruled_out", "attributions",
+)  # fmt: skip
+LISTS = (  # what a diffusers output has of all records, as lists
+    "label", "verdict", "origin", "score", "open_set_score", "p_value", "generated_p_value",
 )  # fmt: skip
 
 
@@ -28,7 +35,9 @@ def attribution_record(
     open_set_score: float | None,
     p_value: float | None,
     class_p_values: torch.Tensor | None,
+    generated_p_value: float | None,
     alpha: float,
+    camera_alpha: float,
 ) -> dict[str, Any]:
     """
     One attribution as plain values.
@@ -36,38 +45,92 @@ def attribution_record(
     Args:
         probabilities: Of the known classes, (K,), summing to 1.
         labels (`list[str]`): Their names.
-        open_set_score (`float`, *optional*), p_value (`float`, *optional*): As in `ImageAttributionOutput`;
+        open_set_score, p_value, generated_p_value (`float`, *optional*): As in `ImageAttributionOutput`;
             `None` for a model without a detector, which then never answers "unknown".
         class_p_values (*optional*): Label-conditional p-values, (K,).
-        alpha (`float`): The verdict is "unknown" when `p_value <= alpha`.
+        alpha (`float`): The verdict is "unknown" when `p_value <= alpha`, and a class is ruled out when its
+            p-value is.
+        camera_alpha (`float`): "camera" needs `generated_p_value <= camera_alpha`.
 
     Returns:
         `dict` with
+        - verdict: all that is said in one sentence, see [`verdict_sentence`];
+        - origin: "camera", where "real" alone is left in the prediction set and `camera_alpha` rules out that
+          a generator made it; "generated", where "real" is ruled out; else "can't tell". `None` without a
+          class "real" or a detector;
         - label: a known class, or "unknown";
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
-          held-out known images that look more like the known classes than this one;
-        - is_unknown, p_value, open_set_score;
+          calibration images that look more like the known classes than this one;
+        - is_unknown, p_value, generated_p_value, open_set_score;
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
-          images by a class, like its held-out ones, at least 1 - alpha have that class in their set. More
-          than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a detector;
+          images by a class, like its calibration images, at least 1 - alpha have that class in their set.
+          More than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a detector;
+        - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, likeliest
+          first; `None` without a detector;
         - attributions: every known class with its probability, sorted.
     """
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
     is_unknown = p_value is not None and p_value <= alpha
-    prediction_set = None
+    sets = None, None
     if class_p_values is not None:
-        likely = [k for k in order if k == order[0] or class_p_values[k] > alpha]
-        prediction_set = [] if is_unknown else [labels[k] for k in likely]
-    return {
+        sets = _sets([labels[k] for k in order], class_p_values[order] <= alpha, is_unknown)
+    record = {
+        "origin": None,
         "label": UNKNOWN if is_unknown else attributions[0]["label"],
         "score": 1 - p_value if is_unknown else attributions[0]["score"],
         "is_unknown": is_unknown,
         "p_value": p_value,
+        "generated_p_value": generated_p_value,
         "open_set_score": open_set_score,
-        "prediction_set": prediction_set,
+        "prediction_set": sets[0],
+        "ruled_out": sets[1],
         "attributions": attributions,
     }
+    record["origin"] = _origin(record, camera_alpha)
+    return {"verdict": verdict_sentence(record)} | record
+
+
+def _sets(names: list[str], is_low: torch.Tensor, is_unknown: bool) -> tuple[list[str], list[str]]:
+    """`prediction_set` and `ruled_out` of names, likeliest first, and whether each one's p-value is low."""
+    out = [name for i, name in enumerate(names) if is_low[i] and (is_unknown or i > 0)]
+    return [] if is_unknown else [name for name in names if name not in out], out
+
+
+def _origin(record: dict[str, Any], camera_alpha: float) -> str | None:
+    if record["generated_p_value"] is None:
+        return None
+    if record["prediction_set"] == [REAL] and record["generated_p_value"] <= camera_alpha:
+        return CAMERA
+    return GENERATED if REAL in record["ruled_out"] else CANT_TELL
+
+
+def verdict_sentence(record: dict[str, Any]) -> str:
+    """
+    What a record says, in the words that are used everywhere. It takes `origin`, `is_unknown`, `label`,
+    `prediction_set` and `attributions`; where no origin is told, it names the classes alone.
+    """
+    origin, names, count = record["origin"], record["prediction_set"], len(record["attributions"])
+    doubt = f"{CANT_TELL} whether a camera or a generator: "
+    if origin == CAMERA:
+        return "a camera"
+    if record["is_unknown"]:
+        if origin == GENERATED:
+            return "generated, by no generator that the model knows"
+        return f"{'' if origin is None else doubt}like no class that the model knows"
+    if names is None:  # nothing is ruled out without a detector
+        return f"of {count} classes likeliest {record['label']}"
+    if origin == CANT_TELL:
+        fitting = listed(names) if len(names) <= LISTED else f"{len(names)} of {count} classes"
+        return f"{doubt}{fitting} {'fits' if len(names) == 1 else 'fit'}"
+    kind = "known generators" if origin == GENERATED else "known classes"
+    by = listed(names) if len(names) <= LISTED else f"one of {len(names)} {kind}"
+    return f"generated, by {by}" if origin == GENERATED else by
+
+
+def listed(names: list[str]) -> str:
+    """ "a", "a or b", "a, b or c" """
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 class ImageAttributionPipeline(Pipeline):
@@ -76,8 +139,8 @@ class ImageAttributionPipeline(Pipeline):
     trust_remote_code=True)`.
 
     Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), or a list of them, and
-    returns a record or a list of records, see [`attribution_record`]. `alpha=` overrides the level of the
-    "unknown" verdict. With `explain=True` a record also has `explanation`: what
+    returns a record or a list of records, see [`attribution_record`]. `alpha=` and `camera_alpha=` override
+    the config's levels of the verdict. With `explain=True` a record also has `explanation`: what
     [`ProtoLeakForImageAttribution.explain`] tells, and `stability`, the verdict on the image after each of
     the processor's `REENCODINGS`, with how many of how many agree; each image is then run alone with these.
     """
@@ -95,15 +158,18 @@ class ImageAttributionPipeline(Pipeline):
                 f"Other classifiers run under 'image-classification'"
             )
 
-    def _sanitize_parameters(self, alpha: float | None = None, explain: bool | None = None, **kwargs):
-        if kwargs:
+    def _sanitize_parameters(self, explain: bool | None = None, **levels: float | None):
+        if unknown := set(levels) - {"alpha", "camera_alpha"}:
             raise ValueError(
-                f"the {TASK} pipeline takes alpha and explain besides the inputs; got {sorted(kwargs)}"
+                f"the {TASK} pipeline takes alpha, camera_alpha and explain besides the inputs; got "
+                f"{sorted(unknown)}"
             )
-        if alpha is not None and not 0 < alpha < 1:
-            raise ValueError(f"alpha must be in (0, 1); got alpha={alpha!r}")
+        levels = {name: level for name, level in levels.items() if level is not None}
+        for name, level in levels.items():
+            if not 0 < level < 1:
+                raise ValueError(f"{name} must be in (0, 1); got {name}={level!r}")
         steps = {} if explain is None else {"explain": explain}
-        return steps, {}, steps | ({} if alpha is None else {"alpha": alpha})
+        return steps, {}, steps | levels
 
     def __call__(self, inputs: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Attribute one image, or a list of images."""
@@ -113,35 +179,59 @@ class ImageAttributionPipeline(Pipeline):
             kwargs["batch_size"] = 1  # of one image and its re-encodings
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image: Any, explain: bool = False):
-        images = [image, *self.image_processor.reencoded(image)] if explain else image
-        return self.image_processor(images, return_tensors="pt")
-
-    def _forward(self, model_inputs):
-        return self.model(**model_inputs)
-
-    def postprocess(self, model_outputs, alpha: float | None = None, explain: bool = False) -> dict[str, Any]:
-        record, *others = records_of(model_outputs, self.model.config, alpha)
+    def preprocess(self, image: Any, explain: bool = False) -> dict[str, Any]:
+        size = {}
         if explain:
-            record["explanation"] = self.model.explain(model_outputs)[0]
+            image = self.image_processor.open(image)
+            size = {"image_size": image.size}
+            image = [image, *self.image_processor.reencoded(image)]
+        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        # transformers fills tensors of different lengths up with zeros, but for those named "pixel_values"
+        return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | size
+
+    def _forward(self, model_inputs: dict[str, Any]):
+        size = model_inputs.pop("image_size", None)
+        (pixel_values,) = model_inputs.values()
+        output = self.model(pixel_values)
+        if size is not None:
+            output["image_size"] = size
+        return output
+
+    def postprocess(self, model_outputs, explain: bool = False, **levels: float) -> dict[str, Any]:
+        record, *others = records_of(model_outputs, self.model.config, **levels)
+        if explain:
+            boxes = self.image_processor.crop_boxes(*model_outputs["image_size"])
+            crop_boxes = [boxes] * len(model_outputs["logits"])
+            record["explanation"] = self.model.explain(model_outputs, crop_boxes=crop_boxes)[0]
             record["explanation"]["stability"] = stability(record, self.image_processor.reencodings, others)
         return record
 
 
-def records_of(output, config, alpha: float | None = None) -> list[dict[str, Any]]:
+def records_of(
+    output, config, alpha: float | None = None, camera_alpha: float | None = None
+) -> list[dict[str, Any]]:
     """
-    The records of a batch, from an `ImageAttributionOutput`. Where the open-set score is the paper's, the KDE
-    of embeddings, they also have it as `log_density`, in nats.
+    The records of a batch, from an `ImageAttributionOutput`, at the config's levels or at other ones. Where
+    the open-set score is the paper's, the KDE of embeddings, they also have it as `log_density`, in nats.
     """
     has_verdict = output.get("p_values") is not None
+    levels = {
+        "alpha": config.alpha if alpha is None else alpha,
+        "camera_alpha": config.camera_alpha if camera_alpha is None else camera_alpha,
+    }
+
+    def value(name: str, i: int) -> float | None:
+        return None if output.get(name) is None else float(output[name][i])
+
     records = [
         attribution_record(
             output["logits"][i].double().softmax(dim=0).cpu(),
             config.label_names,
-            open_set_score=float(output["open_set_score"][i]) if has_verdict else None,
-            p_value=float(output["p_values"][i]) if has_verdict else None,
+            open_set_score=value("open_set_score", i),
+            p_value=value("p_values", i),
             class_p_values=output["class_p_values"][i] if has_verdict else None,
-            alpha=config.alpha if alpha is None else alpha,
+            generated_p_value=value("generated_p_values", i),
+            **levels,
         )
         for i in range(len(output["logits"]))
     ]
@@ -162,16 +252,21 @@ class ProtoLeakPipelineOutput(BaseOutput):
     """
     Args:
         labels (`list[str]`): The verdict for each image, a known class or "unknown".
-        scores, open_set_scores, p_values (`list[float]`): As in the records.
+        verdicts (`list[str]`): The same in a sentence each.
+        origins (`list[str]`), scores, open_set_scores, p_values, generated_p_values (`list[float]`):
+            As in the records.
         records (`list[dict]`): See [`attribution_record`].
         latents (`torch.FloatTensor`, *optional*):
             The re-simulated z_t, `(batch_size, num_timesteps, channels, height, width)`.
     """
 
     labels: list[str]
+    verdicts: list[str]
+    origins: list[str | None]
     scores: list[float]
     open_set_scores: list[float | None]
     p_values: list[float | None]
+    generated_p_values: list[float | None]
     records: list[dict[str, Any]]
     latents: torch.Tensor | None = None
 
@@ -217,6 +312,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         images: Any,
         batch_size: int = 16,
         alpha: float | None = None,
+        camera_alpha: float | None = None,
         output_latents: bool = False,
         return_dict: bool = True,
     ) -> ProtoLeakPipelineOutput | tuple:
@@ -224,7 +320,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         Args:
             images: One image or a list of them: path, URL, bytes, PIL image, array.
             batch_size (`int`): Images that go through the VAE together.
-            alpha (`float`, *optional*): Level of the "unknown" verdict, instead of the config's.
+            alpha, camera_alpha (`float`, *optional*): Levels of the verdict, instead of the config's.
             output_latents (`bool`): Whether to return the re-simulated latents of every timestep.
         """
         model = self._prepare()
@@ -233,13 +329,10 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         for start in self.progress_bar(range(0, len(images), batch_size)):
             pixel_values = self._image_processor(images[start : start + batch_size])["pixel_values"]
             output = model(pixel_values.to(self.vae.device), output_noisy_latents=output_latents)
-            records += records_of(output, model.config, alpha)
+            records += records_of(output, model.config, alpha, camera_alpha)
             latents.append(output.get("noisy_latents"))
         result = ProtoLeakPipelineOutput(
-            labels=[record["label"] for record in records],
-            scores=[record["score"] for record in records],
-            open_set_scores=[record["open_set_score"] for record in records],
-            p_values=[record["p_value"] for record in records],
+            **{f"{name}s": [record[name] for record in records] for name in LISTS},
             records=records,
             latents=torch.cat(latents) if output_latents and latents else None,
         )
@@ -273,4 +366,10 @@ if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
     )
 
 
-__all__ = ["ImageAttributionPipeline", "ProtoLeakDiffusionPipeline", "attribution_record"]
+__all__ = [
+    "ImageAttributionPipeline",
+    "ProtoLeakDiffusionPipeline",
+    "attribution_record",
+    "records_of",
+    "verdict_sentence",
+]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from ..files_protoleak import write_whole
-from ..image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image
+from ..image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..pipeline_protoleak import RECORD_FIELDS, records_of
 from .provenance import read_provenance
@@ -144,7 +144,7 @@ class Attributor:
             pixels = [values for _, values in batch if values is not None]
             verdicts: Iterator[dict[str, Any]] = iter(())
             if pixels:
-                output = self.network(torch.from_numpy(np.stack(pixels)).to(self.network.device))
+                output = self.network(torch.from_numpy(stack_crops(pixels)).to(self.network.device))
                 verdicts = iter(records_of(output, self.network.config))
             for row, values in batch:
                 if values is None and row["error"] is None:

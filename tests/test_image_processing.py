@@ -94,6 +94,67 @@ def test_native_crops_are_pixels_of_the_image(photo):
         assert np.array_equal(np.round((crop + 1) * 127.5).astype(np.uint8), corner.transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [((256, 256), 1), ((100, 30), 1), ((257, 256), 2), ((512, 512), 4), ((1024, 1024), 9), ((300, 4000), 6)],
+)
+def test_an_image_has_as_many_crops_as_its_size_asks_for(size, count):
+    processor = ProtoLeakImageProcessor(do_resize=False, num_crops=9)
+    boxes = processor.crop_boxes(*size)
+    assert len(boxes) == count == len(processor.pixel_values(Image.new("RGB", size)))
+    assert {x for x, *_ in boxes} | {x + width for x, _, width, _ in boxes} >= {0, size[0]}, "edge to edge"
+    assert {y for _, y, *_ in boxes} | {y + height for *_, y, _, height in boxes} >= {0, size[1]}
+
+
+def test_crop_boxes_say_where_the_pixels_of_crops_are(photo):
+    array = np.asarray(photo)
+    for num_crops in (1, 4, 9, 16):
+        processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=num_crops)
+        crops, boxes = processor.pixel_values(photo), processor.crop_boxes(*photo.size)
+        assert len(boxes) == min(num_crops, 9), "48 x 40 pixels hold no more than 3 x 3"
+        for crop, (x, y, width, height) in zip(crops.reshape(-1, 3, 16, 16), boxes, strict=True):
+            expected = array[y : y + height, x : x + width].transpose(2, 0, 1)
+            assert np.array_equal(np.round((crop + 1) * 127.5).astype(np.uint8), expected)
+
+
+def test_crop_boxes_are_of_the_image_before_resizing_and_without_padding():
+    assert ProtoLeakImageProcessor(crop_size=32).crop_boxes(640, 320) == [(160, 0, 320, 320)]
+    assert ProtoLeakImageProcessor(crop_size=32, num_crops=4).crop_boxes(640, 320) == [
+        (0, 0, 320, 320),
+        (320, 0, 320, 320),
+    ]
+    small = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
+    assert small.crop_boxes(20, 40) == [(0, 0, 20, 32), (0, 8, 20, 32)]
+
+
+def test_images_with_fewer_crops_are_filled_up_with_flat_ones():
+    processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=9)
+    small, wide = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (40, 16), "blue")
+    pixels = processor([small, wide])["pixel_values"]
+    assert pixels.shape == (2, 3, 3, 16, 16)
+    assert torch.equal(pixels[0, :1], processor(small)["pixel_values"][0])
+    assert torch.equal(pixels[1], processor(wide)["pixel_values"][0])
+    assert not pixels[0, 1:].any()
+
+
+def test_paint_outside_one_crop_shows_in_the_others():
+    """Everything but the middle painted magenta."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    painted = np.full_like(noise, (255, 0, 255))
+    painted[16:32, 16:32] = noise[16:32, 16:32]
+    processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=9)
+    before, after = processor.pixel_values(noise), processor.pixel_values(painted)
+    differs = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert differs == [k != 4 for k in range(9)]
+    assert all(np.ptp(crop, axis=(1, 2)).max() == 0 for crop in np.delete(after, 4, axis=0)), "flat"
+
+
+@pytest.mark.parametrize("num_crops", [0, 2, 25, "4", None])
+def test_a_number_of_crops_that_is_no_grid_is_named(num_crops):
+    with pytest.raises(ValueError, match=r"num_crops must be one of \(1, 4, 9, 16\)"):
+        ProtoLeakImageProcessor(num_crops=num_crops)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (40, 2)])
 @pytest.mark.parametrize("do_resize", [True, False])
 def test_small_images_fill_the_crop(size, do_resize):
@@ -137,6 +198,6 @@ def test_find_images_searches_folders(tmp_path, photo):
 
 
 def test_a_processor_survives_saving(tmp_path):
-    processor = ProtoLeakImageProcessor(crop_size=40, do_resize=False, num_crops=3)
+    processor = ProtoLeakImageProcessor(crop_size=40, do_resize=False, num_crops=4)
     processor.save_pretrained(tmp_path)
     assert ProtoLeakImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()

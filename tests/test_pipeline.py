@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from protoleak import ImageAttributionPipeline
+from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
 from protoleak.cli import main
-from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record
+from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record, verdict_sentence
 from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
@@ -42,26 +42,73 @@ def images(tmp_path):
     return folder
 
 
-def test_a_record_says_what_the_numbers_say():
+def record_of(class_p_values, p_value=0.4, generated_p_value=0.5, labels=LABELS, **levels):
+    """Of probabilities in the order a, real, b."""
     probabilities = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
-    of_class = torch.tensor([0.06, 0.5, 0.05], dtype=torch.float64)
-    known = attribution_record(probabilities, LABELS, -3.0, 0.4, of_class, alpha=0.05)
+    of_class = None if class_p_values is None else torch.tensor(class_p_values, dtype=torch.float64)
+    levels = {"alpha": 0.05, "camera_alpha": 0.01} | levels
+    return attribution_record(probabilities, labels, -3.0, p_value, of_class, generated_p_value, **levels)
+
+
+def test_a_record_says_what_the_numbers_say():
+    known = record_of([0.06, 0.5, 0.05])
     assert tuple(known) == RECORD_FIELDS
     assert (known["label"], known["score"], known["is_unknown"]) == ("a", pytest.approx(0.7), False)
     assert [a["label"] for a in known["attributions"]] == ["a", "real", "b"]
     assert known["prediction_set"] == ["a", "real"], "b is at alpha"
-    unlikely = attribution_record(probabilities, LABELS, -3.0, 0.4, of_class * 0, alpha=0.05)
+    assert known["ruled_out"] == ["b"]
+    unlikely = record_of([0, 0, 0])
     assert unlikely["prediction_set"] == ["a"], "the likeliest class is always in"
-    unknown = attribution_record(probabilities, LABELS, -9.0, 0.05, of_class, alpha=0.05)
-    assert unknown["prediction_set"] == []
+    assert unlikely["ruled_out"] == ["real", "b"]
+    unknown = record_of([0.06, 0.5, 0.05], p_value=0.05)
+    assert (unknown["prediction_set"], unknown["ruled_out"]) == ([], ["b"])
     assert (unknown["label"], unknown["score"], unknown["is_unknown"]) == (
         "unknown",
         pytest.approx(0.95),
         True,
     )
     assert unknown["attributions"] == known["attributions"]
-    without = attribution_record(probabilities, LABELS, None, None, None, 0.05)
-    assert (without["is_unknown"], without["prediction_set"]) == (False, None)
+    without = record_of(None, None, None)
+    assert (without["is_unknown"], without["prediction_set"], without["ruled_out"]) == (False, None, None)
+    assert (without["origin"], without["verdict"]) == (None, "of 3 classes likeliest a")
+
+
+REAL_FIRST = ["a", "real", "b"]
+DOUBT = "can't tell whether a camera or a generator: "
+VERDICTS = [
+    # p-values of the classes, of "known", of "generated", names; origin and verdict
+    ([0.01, 0.5, 0.01], 0.4, 0.005, REAL_FIRST, "camera", "a camera"),
+    ([0.01, 0.5, 0.01], 0.4, 0.010, REAL_FIRST, "camera", "a camera"),
+    ([0.01, 0.5, 0.01], 0.4, 0.011, REAL_FIRST, "can't tell", DOUBT + "real fits"),
+    ([0.06, 0.5, 0.01], 0.4, 0.005, REAL_FIRST, "can't tell", DOUBT + "real or a fit"),
+    ([0.06, 0.5, 0.06], 0.4, 0.005, REAL_FIRST, "can't tell", DOUBT + "real, a or b fit"),
+    ([0.01, 0.04, 0.01], 0.4, 0.5, REAL_FIRST, "can't tell", DOUBT + "real fits"),
+    ([0.01, 0.5, 0.01], 0.05, 0.005, REAL_FIRST, "can't tell", DOUBT + "like no class that the model knows"),
+    ([0.05, 0.5, 0.01], 0.4, 0.5, LABELS, "generated", "generated, by a"),
+    ([0.05, 0.5, 0.5], 0.4, 0.5, LABELS, "generated", "generated, by a or b"),
+    ([0.05, 0.5, 0.5], 0.05, 0.5, LABELS, "generated", "generated, by no generator that the model knows"),
+    ([0.5, 0.05, 0.01], 0.4, None, ["c", "a", "b"], None, "a or c"),
+    ([0.5, 0.05, 0.01], 0.01, None, ["c", "a", "b"], None, "like no class that the model knows"),
+]
+
+
+@pytest.mark.parametrize(("of_class", "p_value", "generated", "labels", "origin", "verdict"), VERDICTS)
+def test_the_verdict_follows_from_the_p_values(of_class, p_value, generated, labels, origin, verdict):
+    record = record_of(of_class, p_value, generated, labels)
+    assert (record["origin"], record["verdict"]) == (origin, verdict)
+    assert verdict_sentence(record) == verdict
+
+
+def test_many_classes_are_counted_rather_than_named():
+    labels = ["real", "a", "b", "c", "d"]
+    probabilities = torch.tensor([0.1, 0.3, 0.25, 0.2, 0.15])
+    of_class = torch.tensor([0.01, 0.5, 0.5, 0.5, 0.5])
+    record = attribution_record(probabilities, labels, 0.0, 0.4, of_class, 0.5, 0.05, 0.01)
+    assert record["verdict"] == "generated, by one of 4 known generators"
+    record = attribution_record(probabilities, labels, 0.0, 0.4, of_class, 0.5, 0.005, 0.01)
+    assert record["verdict"] == DOUBT + "5 of 5 classes fit"
+    record = attribution_record(probabilities, ["e", *labels[1:]], 0.0, 0.4, of_class, None, 0.05, 0.01)
+    assert record["verdict"] == "one of 4 known classes"
 
 
 def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):
@@ -104,6 +151,60 @@ def test_an_image_has_one_record_in_any_batch(fitted_model, processor):
     assert attribute([]) == []
 
 
+def test_images_of_different_sizes_have_one_record_in_any_batch(fitted_model):
+    processor = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    images = [np.random.default_rng(0).integers(0, 256, (n, n, 3), dtype=np.uint8) for n in (32, 40, 64, 50)]
+    shapes = []
+    fitted_model.register_forward_pre_hook(lambda model, given: shapes.append(tuple(given[0].shape)))
+    assert len(attribute(images, batch_size=4)) == 4
+    assert [attribute(image)["label"] for image in images]
+    assert [shape[:2] for shape in shapes] == [(4, 4), (1, 1), (1, 4), (1, 4), (1, 4)]
+
+
+def test_an_explanation_tells_of_each_crop(fitted_model, photo):
+    processor = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
+    (whole,) = ImageAttributionPipeline(
+        model=fitted_model, image_processor=ProtoLeakImageProcessor(crop_size=32)
+    )(photo, explain=True)["explanation"]["crops"]
+    assert [whole[side] for side in ("x", "y", "width", "height")] == [4, 0, 40, 40]
+    assert whole["weight"] == 1
+    output = fitted_model(**processor(photo))
+    logits = torch.tensor([[[0.0, 2, 0], [0, 0, 3], [5, 0, 0], [0, 0, 0], [9, 9, 9]]])
+    output["crop_logits"], output["crop_weights"] = logits, torch.tensor([[0.5, 0.2, 0.3, 0.0, 0.0]])
+    boxes = processor.crop_boxes(*photo.size)
+    (reason,) = fitted_model.explain(output, crop_boxes=[boxes])
+    crops = reason["crops"]
+    assert [tuple(crop[s] for s in ("x", "y", "width", "height")) for crop in crops] == boxes
+    assert [crop["weight"] for crop in crops] == pytest.approx([0.5, 0.2, 0.3, 0.0]), "without the filler"
+    assert [crop["label"] for crop in crops][:3] == ["a", "b", "real"]
+    probabilities = logits[0].softmax(dim=1)
+    for crop, row in zip(crops, probabilities, strict=False):
+        assert (crop["score"], crop["real_score"]) == pytest.approx((row.max().item(), row[0].item()))
+    json.dumps(crops)
+    assert fitted_model.explain(output)[0]["crops"] is None
+
+
+def test_camera_alpha_moves_the_verdict(fitted_model, processor, photo):
+    detector, config = fitted_model.detector, fitted_model.config
+    detector.calibration_ = torch.full((10,), -1e9).double()
+    detector.class_calibration_ = [torch.zeros(9).double(), *[torch.ones(99).double()] * 2]  # only real fits
+    logits = fitted_model(**processor(photo)).logits
+    likeliest = logits.argmax().item()
+    config.id2label = {k: f"class {k}" for k in range(3)} | {likeliest: "real"}
+    detector.labels = config.label_names
+    detector.class_calibration_.insert(likeliest, detector.class_calibration_.pop(0))
+    probability = logits.softmax(dim=1)[0, likeliest].item()
+    detector.generated_calibration_ = torch.zeros(99).double()
+    detector.generated_calibration_[-1] = (probability + 1) / 2
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    record = attribute(photo)
+    assert (record["generated_p_value"], record["origin"]) == (0.02, "can't tell")
+    assert attribute(photo, camera_alpha=0.02)["origin"] == "camera"
+    config.camera_alpha = 0.02
+    assert attribute(photo)["verdict"] == "a camera"
+
+
 def test_alpha_moves_the_verdict(fitted_model, processor, photo):
     attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
     score = attribute(photo)["open_set_score"]
@@ -112,8 +213,9 @@ def test_alpha_moves_the_verdict(fitted_model, processor, photo):
     assert p_value == 0.5
     assert attribute(photo, alpha=p_value)["is_unknown"]
     assert not attribute(photo, alpha=p_value - 1e-6)["is_unknown"]
-    with pytest.raises(ValueError, match="alpha"):
-        attribute(photo, alpha=2)
+    for name in ("alpha", "camera_alpha"):
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            attribute(photo, **{name: 2})
     with pytest.raises(ValueError, match="top_k"):
         attribute(photo, top_k=2)
 
@@ -170,6 +272,18 @@ def test_attribute_writes_a_record_a_file_and_goes_on_after_a_bad_one(checkpoint
             assert (record["width"], record["height"]) == (48, 40)
             assert len(record["sha256"]) == 64
     assert "1 of 10 files" in capsys.readouterr().err
+
+
+def test_attribute_takes_images_of_different_sizes_in_one_batch(checkpoint, tmp_path):
+    ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4).save_pretrained(checkpoint)
+    (folder := tmp_path / "sizes").mkdir()
+    for side in (20, 32, 64):
+        Image.new("RGB", (side, side), "green").save(folder / f"{side}.png")
+    output = tmp_path / "sizes.jsonl"
+    assert main(["attribute", str(folder), "--model", str(checkpoint), "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["width"] for record in records] == [20, 32, 64]
+    assert all(record["verdict"] for record in records)
 
 
 def test_attribute_prints_a_table(checkpoint, images, capsys):
