@@ -177,14 +177,15 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def format_row(record: dict[str, Any]) -> str:
-    """One attribution as a line of a table: an ambiguous verdict reads "a or b"."""
+    """One attribution as a line of a table: the record's verdict, and the numbers that it stands on."""
     name = Path(record["file"]).name
     if record["error"]:
         return f"{name:<30} error: {record['error']}"
     best = ", ".join(f"{a['label']} {a['score']:.3f}" for a in record["attributions"][:2])
     p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
-    verdict = " or ".join(record["prediction_set"] or [record["label"]])
-    return f"{name:<30} {p_value:<16} {verdict} ({best})"
+    known, ruled_out = len(record["attributions"]), record["ruled_out"] or []
+    rules_out = f"; rules out {len(ruled_out)} of {known}" if ruled_out and not record["is_unknown"] else ""
+    return f"{name:<30} {p_value:<16} {record['verdict']} ({best}{rules_out})"
 
 
 # --- arguments ----------------------------------------------------------------------------------------------

@@ -48,20 +48,23 @@ def load_pixels(
     return pixels, labels, names
 
 
-def radial_spectra(pixels: torch.Tensor) -> np.ndarray:
+def radial_spectra(pixels: torch.Tensor, batch_size: int = 64) -> np.ndarray:
     """
     Log power of each colour channel in rings of the spectrum, and its mean colour. (N, 3, S, S) -> (N, 3 S /
     2 + 3)
     """
     side = pixels.shape[-1]
-    power = torch.fft.fftshift(
-        torch.fft.fft2(pixels - pixels.mean(dim=(2, 3), keepdim=True)).abs().square(), (2, 3)
-    )
     y, x = torch.meshgrid(*[torch.arange(side) - side // 2] * 2, indexing="ij")
     rings = (x**2 + y**2).sqrt().round().long().clamp(max=side // 2)
     masks = torch.stack([(rings == r).float() / (rings == r).sum() for r in range(1, side // 2 + 1)])
-    log_power = (torch.einsum("nchw,rhw->ncr", power, masks) + 1e-6).log()
-    return torch.cat([log_power.flatten(1), pixels.mean(dim=(2, 3))], dim=1).numpy()
+    masks = torch.fft.ifftshift(masks, (1, 2))
+    parts = []
+    for batch in pixels.split(batch_size):
+        means = batch.mean(dim=(2, 3))
+        power = torch.fft.fft2(batch - means[..., None, None]).abs().square()
+        log_power = (torch.einsum("nchw,rhw->ncr", power, masks) + 1e-6).log()
+        parts.append(torch.cat([log_power.flatten(1), means], dim=1))
+    return torch.cat(parts).numpy()
 
 
 def spectra_predictions(pixels, labels) -> dict[str, Predictions]:
@@ -139,12 +142,13 @@ def _infer(model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo")
     pixels, labels, names = load_pixels(name, crop_size=64 if "leakzoo" in name else 256)
-    for title, predictions in (
-        ("radial spectra, logistic regression", spectra_predictions(pixels, labels)),
-        ("ResNet on pixels", pixel_resnet_predictions(pixels, labels, len(names))),
-    ):
+    baselines = {
+        "radial spectra, logistic regression": lambda: spectra_predictions(pixels, labels),
+        "ResNet on pixels": lambda: pixel_resnet_predictions(pixels, labels, len(names)),
+    }
+    for title, predictions in baselines.items():
         print(title)
-        print(format_summary(evaluate_splits(predictions, names)))
+        print(format_summary(evaluate_splits(predictions(), names)), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from sklearn.metrics import roc_curve
 from ..evaluation.protocol import Evaluation
 
 try:
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 except ImportError as error:
     raise ImportError("figures need matplotlib; pip install 'protoleak[plot]'") from error
 
@@ -101,6 +103,39 @@ def draw_contributions(contributions: dict[str, Any], count: int = 12) -> Figure
     return figure
 
 
+def draw_crops(image: Any, crops: list[dict[str, Any]], size: tuple[int, int]) -> Figure:
+    """
+    The crops that a verdict stands on, over the image: the stronger the colour, the larger a crop's share of
+    the evidence, and the colour is what it says alone, blue toward a camera and red toward a generator.
+
+    Args:
+        image (`PIL.Image.Image`): Shown below them, of any size.
+        crops (`list[dict]`): `explanation["crops"]` of a record.
+        size (`tuple[int, int]`): Width and height of the image whose pixels the crops are told in.
+    """
+    width, height = size
+    figure, axes = _axes(5.2, min(8, max(1.5, 4.8 * height / width)) + 0.5)
+    axes.imshow(np.asarray(image.convert("RGB")), extent=(0, width, height, 0))
+    largest = max(crop["weight"] for crop in crops) or 1
+    scale = LinearSegmentedColormap.from_list("origin", [RED, "white", BLUE])
+    for crop in crops:
+        colour = GREY if crop["real_score"] is None else scale(crop["real_score"])
+        corner, sides = (crop["x"], crop["y"]), (crop["width"], crop["height"])
+        strength = 0.6 * crop["weight"] / largest
+        axes.add_patch(Rectangle(corner, *sides, facecolor=colour, alpha=strength, linewidth=0))
+        axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=1))
+        centre, text = np.add(corner, np.divide(sides, 2)), f"{crop['label']}\n{crop['weight']:.0%}"
+        box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
+        axes.annotate(text, centre, ha="center", va="center", fontsize=6, bbox=box)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    if any(crop["real_score"] is not None for crop in crops):
+        titles = {"toward a camera": BLUE, "toward a generator": RED}
+        handles = [Rectangle((0, 0), 1, 1, color=colour, label=title) for title, colour in titles.items()]
+        figure.legend(handles=handles, fontsize=7, ncols=2, frameon=False, loc="outside lower center")
+    return figure
+
+
 def draw_timesteps(rows: list[dict[str, Any]]) -> Figure:
     """The weight of each timestep in the embedding."""
     figure, axes = _axes(5.2, 1.8, xlabel="timestep t of the forward diffusion", ylabel="attention")
@@ -150,20 +185,26 @@ def draw_reliability(rows: list[dict[str, float]]) -> Figure:
 
 
 def draw_evaluation(evaluation: Evaluation, detector: Any) -> dict[str, Figure]:
-    """Figures of an evaluation's main split, by name: roc, confusion, reliability; and embeddings."""
+    """
+    Figures of an evaluation, by name: roc, of every test split; confusion and reliability, of the main one
+    under these names and of another with its name behind; and embeddings.
+    """
     pairs = {
         "known against unknown": ("known", "unknown"),
         "real against generated": ("real", "generated"),
     }
-    split = evaluation.main
+    several = len(evaluation.splits) > 1
     curves = {
-        title: (split.scores[a], split.scores[b])
+        f"{title}, {name}" if several else title: (split.scores[a], split.scores[b])
+        for name, split in evaluation.splits.items()
         for title, (a, b) in pairs.items()
         if a in split.scores and b in split.scores
     }
     figures = {"roc": draw_roc(curves)} if curves else {}
-    figures["confusion"] = draw_confusion(evaluation.labels, split.confusion)
-    figures["reliability"] = draw_reliability(split.reliability)
+    for name, split in evaluation.splits.items():
+        behind = "" if split is evaluation.main else f"_{name}"
+        figures[f"confusion{behind}"] = draw_confusion(evaluation.labels, split.confusion)
+        figures[f"reliability{behind}"] = draw_reliability(split.reliability)
     return figures | {"embeddings": EmbeddingMap(detector).draw()}
 
 

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .report import Examiner, reasons_in_words, verdict_in_words, write_report
+from .report import Examiner, map_of_crops, meaning_in_words, reasons_in_words, verdict_of, write_report
 
 try:
     import gradio
@@ -13,13 +13,14 @@ except ImportError as error:
 
 MOST = 20  # images at a time
 INTRODUCTION = """# Which generator made this image?
-This model knows {known}. It tells which of them an image fits, several if it can't decide, or that it fits
-none. It is evidence to weigh, not proof; the report tells how often it errs."""
+This model knows {known}. It tells a camera, a generator, or that it can't tell, which of its classes an image
+fits, and which are ruled out. It is evidence to weigh, not proof; the report tells how often it errs."""
 
 
-def examine_uploads(examiner: Examiner, files: list[str] | None) -> tuple[list, list, str]:
+def examine_uploads(examiner: Examiner, files: list[str] | None) -> tuple[list, list, list, str]:
     """
-    Rows of file and verdict, rows of file and reason, and the path of the report.
+    Rows of file and verdict, rows of file and reason, pictures of where the evidence lies with their files'
+    names, and the path of the report.
 
     Raises:
         gradio.Error: no images, or more than `MOST`.
@@ -29,15 +30,26 @@ def examine_uploads(examiner: Examiner, files: list[str] | None) -> tuple[list, 
     if len(files) > MOST:
         raise gradio.Error(f"At most {MOST} images at a time; use `protoleak attribute` for folders.")
     records = [_without_folder(examiner.examine(file)) for file in files]
-    verdicts = [[Path(record["file"]).name, verdict_in_words(record)] for record in records]
+    folder = Path(tempfile.mkdtemp())
+    verdicts = [[Path(record["file"]).name, verdict_of(record)] for record in records]
     reasons = [
         [Path(record["file"]).name, reason]
         for record in records
         if not record["error"]
-        for reason in reasons_in_words(record)
+        for reason in (meaning_in_words(record), *reasons_in_words(record))
     ]
-    report = write_report(examiner, records, Path(tempfile.mkdtemp()) / "report.html")
-    return verdicts, reasons, str(report)
+    report = write_report(examiner, records, folder / "report.html")
+    return verdicts, reasons, _maps(records, folder), str(report)
+
+
+def _maps(records: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    """Path and caption of a picture of the crops for each record that has them."""
+    maps = []
+    for i, record in enumerate(records):
+        if (figure := map_of_crops(record)) is not None:
+            figure.savefig(folder / f"{i}.png", dpi=130)
+            maps.append((str(folder / f"{i}.png"), Path(record["file"]).name))
+    return maps
 
 
 def _without_folder(record: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +78,9 @@ def make_page(examiner: Examiner) -> gradio.Blocks:
             gradio.Dataframe(headers=["file", column], wrap=True, elem_id=f"{column}s", **hidden)
             for column in ("verdict", "reason")
         )
+        maps = gradio.Gallery(label="Where the evidence lies", elem_id="maps", **hidden)
         report = gradio.File(label="Report", elem_id="report", **hidden)
-        button.click(examine, files, [verdicts, reasons, report], api_name="examine")
+        button.click(examine, files, [verdicts, reasons, maps, report], api_name="examine")
     return page
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
+from PIL import Image
 from transformers import Pipeline
 
 from ..evaluation.report import TITLES
 from ..files_protoleak import write_whole
 from ..image_processing_protoleak import open_image
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
-from .figures import EmbeddingMap, draw_contributions, draw_open_set_score, draw_timesteps
+from .figures import EmbeddingMap, draw_contributions, draw_crops, draw_open_set_score, draw_timesteps
 from .provenance import summarise_provenance
 from .scan import Attributor, checkpoint_file
 
@@ -73,6 +74,7 @@ class Examiner:
             "noise_seed": config.noise_seed,
             "timesteps": config.timesteps,
             "alpha": config.alpha,
+            "camera_alpha": config.camera_alpha,
             "threshold": detector.threshold(config.alpha) if detector is not None else None,
             "open_set_score": config.open_set_title,
             "classes": config.label_names,
@@ -89,45 +91,77 @@ def _measured(model: str, revision: str | None) -> dict[str, Any]:
 
 
 def _error_rates(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of the main test split, with its title and interval."""
-    main = next(iter(measured.get("splits", {}).values()), {"metrics": {}})
-    return [
-        {"name": title, "value": main["metrics"][name], "interval": main["intervals"][name]}
-        for name, title in TITLES.items()
-        if name in main["metrics"]
-    ]
+    """Every metric with its title, and its value and interval by the name of the test split."""
+    splits = measured.get("splits", {})
+    rows = []
+    for name, title in TITLES.items():
+        told = {
+            split: {"value": of["metrics"][name], "interval": of["intervals"][name]}
+            for split, of in splits.items()
+            if name in of["metrics"]
+        }
+        rows += [{"name": title, "splits": told}] if told else []
+    return rows
 
 
-def verdict_in_words(record: dict[str, Any]) -> str:
-    """The verdict of a record in a sentence or two, with what it means and what it does not."""
-    if record["error"]:
-        return f"This file could not be examined: {record['error']}"
+# --- words --------------------------------------------------------------------------------------------------
+
+
+def verdict_of(record: dict[str, Any]) -> str:
+    """The sentence that a record says, or why there is none."""
+    return f"could not be examined: {record['error']}" if record["error"] else record["verdict"]
+
+
+def meaning_in_words(record: dict[str, Any]) -> str:
+    """What a verdict means, and what it does not."""
+    fitting = record["prediction_set"]
     if record["is_unknown"]:
         return (
-            "Unknown: the image is unlike those of every class that the model knows. It may be by a "
-            "generator, or of a kind, that the model has never seen."
+            "The image is unlike those of every class that the model knows. It may be by a generator, or of "
+            "a kind, that the model has never seen."
         )
-    names = record["prediction_set"] or [record["label"]]
-    if len(names) > 1:
-        return (
-            f"Ambiguous: {_listed(names)}. The image fits each of these known classes, and the model can't "
-            "rule out any of them at its level; the first is the likeliest."
-        )
-    origin = "a camera (class real)" if names[0] == "real" else names[0]
-    return (
-        f"Known: {origin}. Of the classes that the model knows, this one alone fits. A generator that it "
-        "doesn't know may leave the same traces."
-    )
+    if fitting is None:
+        return "This is the likeliest of the classes that the model knows; it can't rule out any."
+    if len(fitting) > 1:
+        return "The model can't rule out any of the classes that fit; the first is the likeliest."
+    sentence = "Of the classes that the model knows, this one alone fits."
+    if fitting == ["real"] and record["origin"] == "can't tell":
+        return f"{sentence} But generators are not ruled out at the level that a camera needs."
+    return f"{sentence} A generator that it doesn't know may leave the same traces."
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + f" or {names[-1]}"
+def ruled_out_in_words(record: dict[str, Any]) -> list[str]:
+    """One line of the known classes that are ruled out; none where that says nothing."""
+    ruled_out = record["ruled_out"]
+    if record["is_unknown"] or not ruled_out:
+        return []
+    return [f"ruled out, {len(ruled_out)} of {len(record['attributions'])} classes: {', '.join(ruled_out)}"]
+
+
+def crops_in_words(crops: list[dict[str, Any]], shown: int = 3) -> list[str]:
+    """
+    How many crops were looked at, how many have evidence (a tenth of an even share or more), and what those
+    with the largest shares say alone.
+    """
+    if not crops:
+        return []
+    sizes = sorted({(crop["width"], crop["height"]) for crop in crops})
+    size = " to ".join(str(w) if w == h else f"{w}x{h}" for w, h in sizes[:: max(1, len(sizes) - 1)])
+    evident = sum(crop["weight"] >= 0.1 / len(crops) for crop in crops)
+    number = "1 crop" if len(crops) == 1 else f"{len(crops)} crops"
+    lines = [f"what was looked at: {number} of {size} pixels, {evident} with evidence"]
+    for crop in sorted(crops, key=lambda crop: -crop["weight"])[:shown]:
+        real = "" if crop["real_score"] is None else f", a camera {crop['real_score']:.2f}"
+        place = f"at ({crop['x']}, {crop['y']}), {crop['weight']:.0%} of the evidence"
+        lines.append(f"{place}: {crop['label']} {crop['score']:.2f}{real}")
+    return lines
 
 
 def explanation_lines(record: dict[str, Any]) -> list[str]:
     """Verdict, reasons and the file's claims, for a terminal."""
-    lines = [f"  {verdict_in_words(record)}"]
+    lines = [f"  {verdict_of(record)}"]
     if not record["error"]:
+        lines += [f"  {meaning_in_words(record)}"]
         lines += [f"  - {reason}" for reason in reasons_in_words(record)]
         lines += [f"  - the file's claim: {claim}" for claim in summarise_provenance(record["provenance"])]
     return lines
@@ -136,7 +170,8 @@ def explanation_lines(record: dict[str, Any]) -> list[str]:
 def reasons_in_words(record: dict[str, Any]) -> list[str]:
     """The explanation of a record as sentences."""
     reason = record["explanation"]
-    lines = [_prototype_in_words(row) for row in reason["prototypes"]]
+    lines = ruled_out_in_words(record) + crops_in_words(reason.get("crops") or [])
+    lines += [_prototype_in_words(row) for row in reason["prototypes"]]
     if reason["contributions"]:
         lines.append(_contributions_in_words(reason["contributions"]))
     steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
@@ -213,7 +248,8 @@ def _case(examiner: Examiner, record: dict[str, Any]) -> dict[str, Any]:
     return {
         "record": record,
         "name": Path(record["file"]).name,
-        "verdict": verdict_in_words(record),
+        "verdict": verdict_of(record),
+        "meaning": None if failed else meaning_in_words(record),
         "kind": _kind(record),
         "claims": summarise_provenance(record["provenance"]) if record["provenance"] else [],
         "preview": None if failed else _preview(record["file"]),
@@ -224,19 +260,31 @@ def _case(examiner: Examiner, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(record: dict[str, Any]) -> str:
+    """What a verdict's colour tells."""
     if record["error"]:
         return "error"
-    if record["is_unknown"]:
-        return "unknown"
-    return "ambiguous" if len(record["prediction_set"] or []) > 1 else "known"
+    if record["origin"] is None:
+        return "unknown" if record["is_unknown"] else "known"
+    return {"can't tell": "undecided"}.get(record["origin"], record["origin"])
+
+
+def _shown(file: str) -> Image.Image:
+    """An image as large as a page shows it."""
+    image = open_image(file)
+    image.thumbnail((PREVIEW, PREVIEW))
+    return image
 
 
 def _preview(file: str) -> str:
-    image = open_image(file)
-    image.thumbnail((PREVIEW, PREVIEW))
     content = io.BytesIO()
-    image.save(content, "PNG")
+    _shown(file).save(content, "PNG")
     return _data_uri(content.getvalue(), "image/png")
+
+
+def map_of_crops(record: dict[str, Any]) -> Any | None:
+    """The crops of an explained record drawn on its image, a matplotlib figure; `None` where it has none."""
+    crops = None if record["error"] else record["explanation"].get("crops")
+    return draw_crops(_shown(record["file"]), crops, (record["width"], record["height"])) if crops else None
 
 
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -256,7 +304,9 @@ def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]
 
 def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]]:
     """Title and SVG of each drawing of a record's reasons."""
-    reason, detector, figures = record["explanation"], examiner.network.detector, {}
+    reason, detector = record["explanation"], examiner.network.detector
+    crops = map_of_crops(record)
+    figures = {} if crops is None else {"Where the evidence lies": crops}
     if reason["contributions"]:
         title = "What speaks for the first class against the second"
         figures[title] = draw_contributions(reason["contributions"])
@@ -279,4 +329,4 @@ def _data_uri(content: bytes, mime_type: str) -> str:
     return f"data:{mime_type};base64,{base64.b64encode(content).decode()}"
 
 
-__all__ = ["Examiner", "render", "verdict_in_words", "write_report"]
+__all__ = ["Examiner", "map_of_crops", "render", "verdict_of", "write_report"]

@@ -351,8 +351,8 @@ def _join(target: Path, processes: int) -> None:
 def write_table(records: Iterable[dict[str, Any]], path: str | os.PathLike) -> None:
     """
     Records as a table, CSV or Parquet by the suffix, a row a file: every probability in a column of its own,
-    prediction set and provenance as text. Text that a spreadsheet would run as a formula begins with a quote
-    in CSV.
+    prediction set, what is ruled out, and provenance as text. Text that a spreadsheet would run as a formula
+    begins with a quote in CSV.
     """
     path = Path(path)
     if path.suffix not in TABLE_SUFFIXES:
@@ -375,6 +375,7 @@ def write_table(records: Iterable[dict[str, Any]], path: str | os.PathLike) -> N
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     row = {name: value for name, value in record.items() if not isinstance(value, dict | list)}
     row["prediction_set"] = " or ".join(record["prediction_set"] or [])
+    row["ruled_out"] = ", ".join(record["ruled_out"] or [])
     row["provenance"] = json.dumps(record["provenance"])
     row["timesteps"] = " ".join(map(str, record["timesteps"]))
     return row | {f"p({a['label']})": a["score"] for a in record["attributions"] or []}

@@ -246,6 +246,32 @@ def test_evaluate_and_robustness(trained, tmp_path, capsys):
     assert "| gaussian_blur | 1 |" in capsys.readouterr().out
 
 
+def test_evaluate_shows_same_and_other_sources(trained, tmp_path, capsys):
+    """On a data set whose split `cross` has two of the classes, and whose sources have a name of their own."""
+    (tmp_path / "data").mkdir()
+    splits = load_splits(str(trained.folder))
+    splits["cross"] = splits["test"].filter(lambda row: row["label"] != "b")
+    for name, rows in splits.items():
+        places = [f"{name if name == 'cross' else 'same'}{i % 2}" for i in range(len(rows))]
+        rows.add_column("place", places).to_parquet(tmp_path / f"data/{name}.parquet")
+    options = ["--model", str(trained.checkpoint), "--dataset", str(tmp_path / "data"), "--noise_seeds", "2"]
+    command = ["evaluate", *options, "--source_column", "place", "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    same, other = (
+        "24 test images of known classes from 2 sources",
+        "16 of 2 of 3 classes from 2 other sources",
+    )
+    assert printed.startswith(f"{same}, {other} (cross), 8 by unknown generators")
+    evaluation = Evaluation.from_dict(json.loads((tmp_path / "out/evaluation.json").read_text()))
+    test, cross = evaluation.splits["test"], evaluation.splits["cross"]
+    assert cross.metrics["accuracy"] == cross.same_classes["accuracy"], "these are the same images"
+    assert cross.gap["accuracy"][0] == 0
+    assert set(cross.open_set_scores) == set(test.open_set_scores)
+    assert len(cross.noise["macro_auc"]) == 2
+    assert (tmp_path / "out/figures/confusion_cross.png").exists()
+
+
 def test_what_cannot_be_evaluated_is_named(trained, folder, capsys):
     options = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(folder)]
     assert main([*options, "--unknown", str(folder / "test")]) == 2

@@ -1,5 +1,6 @@
 """Reasons, provenance, report and figures."""
 
+import html
 import json
 import math
 import subprocess
@@ -9,10 +10,29 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from protoleak import ImageAttributionPipeline
-from protoleak.cli import main
-from protoleak.forensics.figures import EmbeddingMap, draw_confusion, draw_reliability, draw_roc, save_figures
+from protoleak.cli import format_row, main
+from protoleak.evaluation.predictions import Predictions
+from protoleak.evaluation.protocol import Evaluation, evaluate_splits
+from protoleak.forensics.figures import (
+    EmbeddingMap,
+    draw_confusion,
+    draw_crops,
+    draw_evaluation,
+    draw_reliability,
+    draw_roc,
+    save_figures,
+)
 from protoleak.forensics.provenance import read_provenance, summarise_provenance
-from protoleak.forensics.report import Examiner, render, verdict_in_words, write_report
+from protoleak.forensics.report import (
+    Examiner,
+    crops_in_words,
+    explanation_lines,
+    meaning_in_words,
+    render,
+    ruled_out_in_words,
+    verdict_of,
+    write_report,
+)
 from protoleak.image_processing_protoleak import thumbnail
 
 
@@ -201,9 +221,10 @@ def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_p
                 "dataset": "zoo",
                 "splits": {
                     "test": {
-                        "metrics": {"macro_auc": 0.5},
-                        "intervals": {"macro_auc": [0.4, 0.6]},
-                    }
+                        "metrics": {"macro_auc": 0.5, "accuracy": 0.4},
+                        "intervals": {"macro_auc": [0.4, 0.6], "accuracy": [0.3, 0.5]},
+                    },
+                    "cross": {"metrics": {"macro_auc": 0.3}, "intervals": {"macro_auc": [0.2, 0.4]}},
                 },
             }
         )
@@ -218,7 +239,12 @@ def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_p
         "vae/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     assert about["classes"] == ["real", "a", "b"]
-    assert about["error_rates"][0] == {"name": "Macro AUC, closed set", "value": 0.5, "interval": [0.4, 0.6]}
+    test, cross = {"value": 0.5, "interval": [0.4, 0.6]}, {"value": 0.3, "interval": [0.2, 0.4]}
+    both = {"name": "Macro AUC, closed set", "splits": {"test": test, "cross": cross}}
+    assert about["error_rates"][0] == both
+    page = render(Examiner(str(checkpoint)), [])
+    assert "0.300\n      (0.200 to 0.400)" in page
+    assert "sources that training did not see" in page
     assert {"torch", "transformers", "protoleak", "python"} <= set(about["versions"])
     assert record["explanation"]["stability"]["count"] == 4
     assert len(record["sha256"]) == 64
@@ -232,7 +258,8 @@ def test_the_page_is_one_file_that_fetches_and_runs_nothing(checkpoint, image, t
     assert "<script" not in page
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("data:image/svg+xml") == 4
+    assert page.count("data:image/svg+xml") == 5
+    assert "Where the evidence lies" in page
     assert page.count("data:image/jpeg") > 0  # the training images nearest to the prototypes
 
 
@@ -244,8 +271,8 @@ def test_text_from_files_and_labels_is_escaped(checkpoint, photo, tmp_path):
     photo.save(path, pnginfo=texts)
     examiner = Examiner(str(checkpoint))
     network = examiner.network
-    network.config.id2label = {0: attack, 1: "a", 2: "b"}
-    network.config.label2id = {attack: 0, "a": 1, "b": 2}
+    network.config.id2label = {0: "real", 1: attack, 2: "b"}
+    network.config.label2id = {"real": 0, attack: 1, "b": 2}
     (tmp_path / "bad<b>.png").write_text("no image")
     page = render(examiner, [examiner.examine(path), examiner.examine(tmp_path / "bad<b>.png")])
     assert attack not in page
@@ -254,12 +281,69 @@ def test_text_from_files_and_labels_is_escaped(checkpoint, photo, tmp_path):
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_the_verdict_in_words():
-    record = {"error": None, "is_unknown": False, "prediction_set": ["real"], "label": "real"}
-    assert verdict_in_words(record).startswith("Known: a camera")
-    assert "a, b or c" in verdict_in_words(record | {"prediction_set": ["a", "b", "c"]})
-    assert verdict_in_words(record | {"is_unknown": True, "prediction_set": []}).startswith("Unknown")
-    assert "truncated" in verdict_in_words(record | {"error": "truncated"})
+RECORD = {
+    "file": "x.png", "error": None, "label": "real", "is_unknown": False, "prediction_set": ["real"],
+    "ruled_out": ["a", "b"], "origin": "camera", "verdict": "a camera", "p_value": 0.5,
+    "attributions": [{"label": k, "score": p} for k, p in (("real", 0.9), ("a", 0.06), ("b", 0.04))],
+}  # fmt: skip
+
+
+def test_a_verdict_comes_with_what_it_means_and_rules_out():
+    assert verdict_of(RECORD) == "a camera"
+    assert "truncated" in verdict_of(RECORD | {"error": "truncated", "verdict": None})
+    assert "may leave the same traces" in meaning_in_words(RECORD)
+    assert "are not ruled out" in meaning_in_words(RECORD | {"origin": "can't tell"})
+    assert "the first is the likeliest" in meaning_in_words(RECORD | {"prediction_set": ["real", "a"]})
+    assert "never seen" in meaning_in_words(RECORD | {"is_unknown": True, "prediction_set": []})
+    assert ruled_out_in_words(RECORD) == ["ruled out, 2 of 3 classes: a, b"]
+    assert "rules out 2 of 3" in format_row(RECORD)
+    unknown = RECORD | {"is_unknown": True, "prediction_set": [], "ruled_out": ["real", "a", "b"]}
+    assert ruled_out_in_words(unknown) == []
+    assert "rules out" not in format_row(unknown)
+
+
+def test_a_record_without_a_detector_is_told_too():
+    """It has neither sets nor origin."""
+    nothing = dict.fromkeys(("prediction_set", "ruled_out", "origin", "generated_p_value", "p_value"))
+    record = RECORD | nothing | {"verdict": "real"}
+    assert "can't rule out any" in meaning_in_words(record)
+    assert ruled_out_in_words(record) == []
+    assert format_row(record).endswith("real (real 0.900, a 0.060)")
+
+
+def crop(x, y, weight, real_score, side=256):
+    verdict = {"label": "a", "score": 0.8, "real_score": real_score}
+    return {"x": x, "y": y, "width": side, "height": side, "weight": weight} | verdict
+
+
+def test_crops_in_words():
+    crops = [crop(256 * i, 0, weight, 0.1) for i, weight in enumerate((0.2, 0.5, 0.29, 0.01))]
+    lines = crops_in_words(crops)
+    assert lines[0] == "what was looked at: 4 crops of 256 pixels, 3 with evidence"
+    assert lines[1] == "at (256, 0), 50% of the evidence: a 0.80, a camera 0.10"
+    assert len(lines) == 4
+    assert "1 crop of 64 pixels" in crops_in_words([crop(0, 0, 1.0, None, 64)])[0]
+    assert "a camera" not in crops_in_words([crop(0, 0, 1.0, None)])[1]
+    mixed = [crop(0, 0, 1 / 3, 0, side) for side in (512, 256, 128)]
+    assert "3 crops of 128 to 512 pixels" in crops_in_words(mixed)[0]
+    assert crops_in_words([]) == []
+
+
+def test_the_map_of_crops_is_coloured_by_what_each_says_and_shaded_by_its_weight(photo):
+    crops = [crop(0, 0, 0.75, 1.0, 20), crop(20, 0, 0.25, 0.0, 20), crop(20, 20, 0.0, 0.5, 20)]
+    figure = draw_crops(photo, crops, (48, 40))
+    shades = [patch for patch in figure.axes[0].patches if patch.get_fill()]
+    assert [patch.get_xy() for patch in shades] == [(0, 0), (20, 0), (20, 20)]
+    camera, generated, flat = (np.array(patch.get_facecolor()) for patch in shades)
+    assert camera[2] > camera[0]  # blue
+    assert generated[0] > generated[2]  # red
+    assert camera[3] == pytest.approx(3 * generated[3])
+    assert flat[3] == 0
+    assert figure.axes[0].get_xlim() == (0, 48)
+    assert figure.axes[0].get_ylim() == (40, 0)
+    without = draw_crops(photo, [crop(0, 0, 1.0, None, 20)], (48, 40))
+    assert not without.legends
+    assert figure.legends
 
 
 def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, tmp_path, capsys):
@@ -268,6 +352,20 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
     printed = capsys.readouterr().out
     for words in ("could not be examined", "attention over timesteps", "re-encodings", "open-set score"):
         assert words in printed
+    assert "what was looked at: " in printed
+
+
+def test_every_place_says_the_same_sentence(checkpoint, image, tmp_path, capsys):
+    """Terminal, reasons, report, page and JSON."""
+    examiner = Examiner(str(checkpoint))
+    record = examiner.examine(image)
+    sentence = record["verdict"]
+    assert main(["attribute", str(image), "--model", str(checkpoint)]) == 0
+    assert sentence in capsys.readouterr().out
+    assert explanation_lines(record)[0].strip() == sentence
+    assert html.escape(sentence, quote=True) in render(examiner, [record]).replace("&#39;", "&#x27;")
+    page = pytest.importorskip("protoleak.forensics.page")
+    assert page.examine_uploads(examiner, [str(image)])[0] == [["photo.png", sentence]]
 
 
 def test_the_page_examines_uploads_and_tells_nobody_where_it_keeps_them(checkpoint, image, tmp_path):
@@ -276,7 +374,11 @@ def test_the_page_examines_uploads_and_tells_nobody_where_it_keeps_them(checkpoi
     page = pytest.importorskip("protoleak.forensics.page")
     examiner = Examiner(str(checkpoint))
     (tmp_path / "bad.png").write_text("no image")
-    verdicts, reasons, report = page.examine_uploads(examiner, [str(image), str(tmp_path / "bad.png")])
+    files = [str(image), str(tmp_path / "bad.png")]
+    verdicts, reasons, ((drawing, caption),), report = page.examine_uploads(examiner, files)
+    assert caption == "photo.png"
+    with Image.open(drawing) as picture:
+        assert min(picture.size) > 200
     assert [name for name, _ in verdicts] == ["photo.png", "bad.png"]
     assert "could not be examined" in verdicts[1][1]
     assert str(tmp_path) not in verdicts[1][1]
@@ -317,3 +419,17 @@ def test_figures_are_drawn(fitted_model, tmp_path):
             assert len(picture.convert("RGB").getcolors(10**6)) > 20  # something is on it
     with pytest.raises(ValueError, match="'pca' or 'umap'"):
         EmbeddingMap(fitted_model.detector, "tsne")
+
+
+def test_every_test_split_is_drawn(fitted_model):
+    labels = np.arange(60) % 3
+    rng = np.random.default_rng(0)
+    probabilities = (np.zeros((60, 1)), rng.dirichlet(np.ones(3), 60), labels)
+    parts = {"test": Predictions(*probabilities), "cross": Predictions(*probabilities)}
+    splits = evaluate_splits(parts, ["real", "a", "b"], resamples=2)
+    evaluation = Evaluation(["real", "a", "b"], 0.05, 0.01, "none", splits)
+    figures = draw_evaluation(evaluation, fitted_model.detector)
+    assert set(figures) == {
+        "roc", "confusion", "reliability", "confusion_cross", "reliability_cross", "embeddings",
+    }  # fmt: skip
+    assert len(figures["roc"].axes[0].get_legend().get_texts()) == 2

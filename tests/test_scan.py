@@ -148,6 +148,9 @@ def test_tables_have_a_row_a_file_and_no_formula(attributor, folder, tmp_path, m
     files = {"train": str(tmp_path / "table.parquet")}
     table = load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache")["train"]
     assert table["sha256"][:] == [record["sha256"] for record in records]
+    for name in ("verdict", "origin", "generated_p_value"):
+        assert table[name][:] == [record[name] for record in records]
+    assert table["ruled_out"][:] == [", ".join(record["ruled_out"] or []) for record in records]
     assert table["p(a)"][:] == [None if r["error"] else numbers(r)[2]["a"] for r in records]
     with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
         write_table(records, tmp_path / "table.xlsx")

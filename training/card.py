@@ -54,20 +54,21 @@ def write_card(
 def _card_data(name: str, summary: dict[str, Any] | None) -> ModelCardData:
     results = []
     if summary is not None:
-        metrics = Evaluation.from_dict(summary).metrics
+        splits = Evaluation.from_dict(summary).splits
         results = [
             EvalResult(
                 task_type="image-classification",
                 task_name="Image attribution",
                 dataset_type=summary["dataset"],
                 dataset_name=summary["dataset"],
-                dataset_split="test",
+                dataset_split=name,
                 metric_type=metric,
                 metric_name=title,
-                metric_value=metrics[metric],
+                metric_value=split.metrics[metric],
             )
+            for name, split in splits.items()
             for metric, title in TITLES.items()
-            if metric in metrics
+            if metric in split.metrics
         ]
     return ModelCardData(
         license="mit",
