@@ -15,7 +15,7 @@ from . import ROOT
 
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-LINKING = (*PAGES, *(ROOT / name / "README.md" for name in ("leakzoo", "evaluate_protoleak")))
+LINKING = (*PAGES, *(ROOT / name / "README.md" for name in ("leakzoo", "wild", "evaluate_protoleak")))
 LINKING += (ROOT / "benchmarks/RESULTS.md",)
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
 EXTRAS = {

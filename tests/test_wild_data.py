@@ -89,7 +89,7 @@ def web(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     contents = {
-        "first.png": encode(first, format="PNG"),
+        "first.png": encode(first, format="PNG", icc_profile=b"a profile"),
         "replaced.png": encode(replaced, format="PNG"),
         "obrázky/věž a liška.webp": encode(painting, format="WEBP", lossless=True),
         "alpha.png": encode(see_through, format="PNG"),
@@ -153,6 +153,7 @@ def test_the_data_set_is_made_again_and_loads(script, web):
         difference = np.asarray(crop, dtype=int) - np.asarray(expected, dtype=int)
         assert np.abs(difference).mean() < 2, told["path"]
         assert not crop.getexif()
+        assert "icc_profile" not in crop.info
 
 
 def test_only_the_named_files_of_the_named_commit_are_fetched(script, web):
@@ -215,7 +216,7 @@ def test_a_source_that_is_whole_is_not_fetched_again(script, web, monkeypatch):
     assert run(script, web) == []
     assert fetched == ["paintings"]
     assert (folder / "wild/train.parquet").read_bytes() == before
-    assert not [path for path in folder.rglob("*.partial")]
+    assert not list(folder.rglob("*.partial"))
     assert not list((folder / "work").glob("git-*"))
 
 
@@ -237,6 +238,19 @@ def test_a_killed_run_goes_on_and_leaves_nothing_half(script, web, monkeypatch):
     calls.clear()
     assert run(script, web) == []
     assert len(calls) == len(facts) - 2
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(script, tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"whole")
+
+    def fail(partial):
+        partial.write_bytes(b"ha")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        script.write_whole(path, fail)
+    assert path.read_bytes() == b"whole"
 
 
 def test_a_larger_file_is_not_overwritten_by_a_smaller_one(script, web):
@@ -323,6 +337,21 @@ def test_the_splits_are_what_the_card_says():
     assert {row["label"] for row in of["test"]} == {row["label"] for row in of["validation"]} == known
     assert {row["label"] for row in of["cross"]} < known
     assert not {row["label"] for row in of["unknown"]} & known
+
+
+def test_the_cards_table_of_classes_is_that_of_the_facts(script):
+    facts = pq.read_table(FACTS).to_pylist()
+    card = (ROOT / "wild/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \|" + r" (\d*) \|" * 7 + "$", card, re.MULTILINE)
+    assert {row[0] for row in rows} == {fact["label"] for fact in facts}
+    single = card[card.index("**One source.**") : card.index("They can be known by that source")]
+    for label, *cells in rows:
+        own = [fact for fact in facts if fact["label"] == label]
+        counts = [sum(fact["split"] == split for fact in own) for split in script.SPLITS]
+        sources = [{f["source"] for f in own if (f["split"] == "cross") == cross} for cross in (False, True)]
+        assert not sources[0] & sources[1]
+        assert [int(cell or 0) for cell in cells] == [*counts, *map(len, sources)]
+        assert (label in single) == (counts[0] > 0 and len(sources[0]) == 1)
 
 
 def test_the_cards_table_of_sources_is_that_of_the_facts():
