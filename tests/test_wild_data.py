@@ -194,7 +194,7 @@ def test_what_is_gone_is_reported_and_the_rest_is_made(script, web, capsys):
     shown = capsys.readouterr().out
     assert "ann/photos: 3 of 6" in shown
     assert "eve/gone: 0 of 2" in shown
-    assert re.search(r"2 missing: .+ \(a.png and others\)", shown)
+    assert re.search(r"2 missing: .+ does not appear to be a git repository \(a.png and others\)", shown)
     listed = json.loads((folder / "wild/missing.json").read_text())
     assert {(row["source"], row["path"]) for row in listed} == {(r["source"], r["path"]) for r in missing}
 
@@ -218,6 +218,12 @@ def test_a_source_that_is_whole_is_not_fetched_again(script, web, monkeypatch):
     assert (folder / "wild/train.parquet").read_bytes() == before
     assert not list(folder.rglob("*.partial"))
     assert not list((folder / "work").glob("git-*"))
+
+
+def test_nothing_is_written_where_nothing_can_be_had(script, web):
+    (web[0] / "web").rename(web[0] / "gone")
+    assert len(run(script, web)) == len(web[1])
+    assert [path.name for path in (web[0] / "wild").iterdir()] == ["missing.json"]
 
 
 def test_a_killed_run_goes_on_and_leaves_nothing_half(script, web, monkeypatch):

@@ -105,8 +105,9 @@ class Repository:
         command = ["git", "-C", str(self.folder), *arguments]
         run = subprocess.run(command, input=stdin, capture_output=True, env=environment)
         if run.returncode:
-            said = run.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise GitError(said[-1] if said else f"git {arguments[0]} exits with {run.returncode}")
+            lines = run.stderr.decode("utf-8", "replace").strip().splitlines()
+            said = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines
+            raise GitError(said[0] if said else f"git {arguments[0]} exits with {run.returncode}")
         return run.stdout
 
 
@@ -245,9 +246,9 @@ def write_splits(facts: list[Fact], workspace: Workspace, output_dir: Path) -> d
         write_whole(
             output_dir / f"{split}.parquet", lambda path, rows=rows: write_rows(rows, workspace, path)
         )
-    there = [split for split in SPLITS if (output_dir / f"{split}.parquet").exists()]
-    card = CARD.format(files="".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in there))
-    write_whole(output_dir / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    if there := [split for split in SPLITS if (output_dir / f"{split}.parquet").exists()]:
+        files = "".join(f"  - split: {split}\n    path: {split}.parquet\n" for split in there)
+        write_whole(output_dir / "README.md", lambda path: path.write_text(CARD.format(files=files), "utf-8"))
     return {split: len(rows) for split, rows in splits.items()}
 
 
