@@ -10,7 +10,7 @@ import pytest
 from . import ROOT
 
 IGNORED = {"build", "dist", "runs", "venv"}
-APART = ("tests", "benchmarks", "leakzoo")  # they use the package, and nothing in it uses them
+APART = ("tests", "benchmarks", "leakzoo", "wild")  # they use the package, and nothing in it uses them
 MODULES = sorted(
     path
     for path in ROOT.rglob("*.py")

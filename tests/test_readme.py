@@ -11,12 +11,16 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from protoleak.cli import main
+from protoleak.image_processing_protoleak import find_images
 
 from . import ROOT
 
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
-LINKING = (*PAGES, *(ROOT / name / "README.md" for name in ("leakzoo", "evaluate_protoleak")))
+LINKING = (
+    *PAGES,
+    *(ROOT / name / "README.md" for name in ("leakzoo", "wild", "evaluate_protoleak", "examples")),
+)
 LINKING += (ROOT / "benchmarks/RESULTS.md",)
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
 EXTRAS = {
@@ -126,13 +130,15 @@ def test_the_first_commands_attribute_the_examples(copy, run):
     install, command = snippet("README.md", "protoleak attribute examples/").strip().splitlines()
     assert install == "pip install -e ."
     lines = run(command.split()).splitlines()
-    files = sorted(path.name for path in (copy / "examples").iterdir())
+    files = [path.name for path in find_images([copy / "examples"])]
     assert [line.split()[0] for line in lines] == files
-    assert len(files) == 13, "README says of how many lines it shows four"
-    [shown] = re.findall(r"```\n(\w+\.png .*?)\n```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(files) == 10, "README says of how many lines it shows four"
+    [shown] = re.findall(
+        r"```\n(\w+\.(?:png|jpg) .*?)\n```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert set(shown.splitlines()) <= set(lines), "README shows what the command prints"
     assert len(shown.splitlines()) == 4
-    truths = [re.match(r"unknown|.*(?=_\d+\.png)", line)[0] for line in shown.splitlines()]
+    truths = [re.match(r"unknown|\w+(?=_\d+\.)", line)[0] for line in shown.splitlines()]
     verdicts = [re.search(r"p\(known\) \S+ +(.*) \(", line)[1] for line in shown.splitlines()]
     wrong = [verdict for truth, verdict in zip(truths, verdicts, strict=True) if truth != verdict]
     assert len(wrong) == 2, "README says that two of its lines are wrong"
@@ -151,9 +157,9 @@ def test_training_and_enrolling_commands(copy, run):
         for label in ("real", "mine"):
             (copy / "FOLDER" / split / label).mkdir(parents=True)
             for i in range(count):
-                example = sorted((copy / "examples").iterdir())[i + (label == "mine")]
+                example = find_images([copy / "examples"])[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
-    examples = " ".join(f"examples/{path.name}" for path in sorted((copy / "examples").iterdir())[:3])
+    examples = " ".join(f"examples/{path.name}" for path in find_images([copy / "examples"])[:3])
     markers = ("train.py --dataset", "train.py --model", "protoleak enroll")
     for command in "".join(snippet("training.md", marker) for marker in markers).strip().splitlines():
         command = re.sub(r"IMAGES(\.\.\.)?", examples, command).replace("python ", f"{sys.executable} ")
@@ -168,7 +174,7 @@ def test_training_and_enrolling_commands(copy, run):
 
 def test_folder_reason_and_export_commands(copy, run):
     (copy / "FOLDER2").mkdir()
-    for path in sorted((copy / "examples").iterdir())[:2]:
+    for path in find_images([copy / "examples"])[:2]:
         shutil.copy(path, copy / "FOLDER2")
     scan = snippet("usage.md", "--table records.csv").strip().replace("FOLDER", "FOLDER2")
     run(scan.split())
@@ -178,7 +184,7 @@ def test_folder_reason_and_export_commands(copy, run):
     explain, report, page = reasons.strip().splitlines()
     extras = extras_of("usage.md", reasons)
     assert "attention over timesteps" in run(explain.split(), extras)
-    assert "13 images, 0 of which" in run(report.split(), extras)
+    assert "10 images, 0 of which" in run(report.split(), extras)
     assert page == "python app.py"  # test_app.py starts it
     export = snippet("usage.md", "protoleak export")
     run(export.split(), extras_of("usage.md", export))
