@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_protoleak import ProtoLeakConfig
-from .statistics_protoleak import Discriminant, grid_statistics, partial_correlations
+from .statistics_protoleak import Discriminant, grid_statistics, normalise_contrast, partial_correlations
 from .texture_protoleak import (
     NUM_COOCCURRENCES,
     PrincipalPlane,
@@ -37,11 +37,13 @@ class LeakEncoder(nn.Module):
         grid = 6 * channels + channels * (channels - 1) // 2
         if config.pooling == "texture":
             self.plane = PrincipalPlane(channels, config.patch_size)
+            covariances = num_log_covariances(channels)
             self.parts = {
                 "cooccurrences": NUM_COOCCURRENCES,
-                "log_covariance": num_log_covariances(channels),
+                "log_covariance": covariances,
+                "log_covariance_of_contrast": covariances,
             }
-            self.families = [("cooccurrences",), ("log_covariance",)]
+            self.families = [("cooccurrences",), ("log_covariance", "log_covariance_of_contrast")]
         else:
             self.backbone = _backbone(config)
             width = self.backbone.channels[-1]
@@ -57,7 +59,9 @@ class LeakEncoder(nn.Module):
         projected = sum(self.parts[name] for family in self.families for name in family)
         self.norm = nn.Identity()
         if config.pooling != "mean":
-            rare = 1e-7 if config.pooling == "texture" else 1e-5  # least variance: of patterns that hardly occur
+            rare = (
+                1e-7 if config.pooling == "texture" else 1e-5
+            )  # least variance: of patterns that hardly occur
             self.norm = nn.BatchNorm1d(self.num_scales * projected, affine=False, eps=rare)
         self.dropout = nn.Dropout(config.feature_dropout)
         self.projections = nn.ModuleList(
@@ -72,7 +76,8 @@ class LeakEncoder(nn.Module):
     def pool(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
         if self.pooling == "texture":
-            described = [cooccurrences(self.plane(latents)), log_covariance(latents)]
+            covariances = [log_covariance(z) for z in (latents, normalise_contrast(latents))]
+            described = [cooccurrences(self.plane(latents)), *covariances]
         elif self.pooling == "mean":
             found = self.backbone(latents).feature_maps[-1]
             described = [found.mean(dim=(2, 3)), grid_statistics(latents)]

@@ -5,14 +5,12 @@ whitening, normalisation of contrast; and the discriminant of such features that
 N, C, H, W in shape comments: latents or feature maps, channels, height, width; F: features, K: classes.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.9)  # of which a discriminant's is chosen
 SCALES = tuple(float(s) for s in np.geomspace(0.05, 1.0, 25))

@@ -31,10 +31,10 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.calibration_protoleak import CrossFitted
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
-from protoleak.calibration_protoleak import CrossFitted
 from protoleak.evaluation.splits import load_splits
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments

@@ -297,6 +297,7 @@ def evaluate_model(
         cross (*optional*): As `test`, of images from other sources.
     """
     config = model.config
+    noise_seeds = 1 if model.takes_features else noise_seeds  # features hold the noise they were pooled with
     given = {"test": test, CROSS: cross, "unknown": unknown}
     data = {name: latents for name, latents in given.items() if latents is not None}
     parts = {name: predict(model, latents, accelerator) for name, latents in data.items()}

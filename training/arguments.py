@@ -28,8 +28,12 @@ class TrainingArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from. By default weights are new."}
     )
-    config_name: str = field(
-        default=str(ROOT), metadata={"help": "Where a new model's config, image processor and VAE come from."}
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a new model's config, image processor and VAE come from: by default the bundled "
+            "checkpoint, for LeakZoo alone its own recipe."
+        },
     )
     vae_name_or_path: str | None = field(
         default=None,
@@ -70,6 +74,12 @@ class TrainingArguments:
         default=None, metadata={"help": "Hub id that the finished checkpoint is uploaded to."}
     )
     seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
+
+    @property
+    def recipe(self) -> str:
+        """Where a new model's config, image processor and VAE come from."""
+        own = ROOT / "leakzoo" / "recipe" if self.dataset_name == [str(ROOT / "leakzoo")] else ROOT
+        return self.config_name or str(own)
 
     @property
     def command(self) -> str:

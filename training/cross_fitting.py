@@ -193,7 +193,12 @@ def _fit_scales(
 
 
 def cross_fit(
-    samples: Samples, settings: Settings, folds: np.ndarray, num_sources: np.ndarray, score: str, real: int | None
+    samples: Samples,
+    settings: Settings,
+    folds: np.ndarray,
+    num_sources: np.ndarray,
+    score: str,
+    real: int | None,
 ) -> CrossFitted:
     """
     Scores of every image by a model of the other folds, and of images by a model without their class.
@@ -206,7 +211,10 @@ def cross_fit(
         real (`int`, *optional*): Which class is no generator; it is never left out.
     """
     labels = samples.labels.numpy()
-    class_scores, open_set_scores = torch.zeros(len(labels), samples.num_labels).double(), np.zeros(len(labels))
+    class_scores, open_set_scores = (
+        torch.zeros(len(labels), samples.num_labels).double(),
+        np.zeros(len(labels)),
+    )
     for fold in np.unique(folds):
         held_out = folds == fold
         scores, embeddings, known = _scored(samples, settings, ~held_out, held_out)

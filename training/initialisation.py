@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from ..calibration_protoleak import CrossFitted
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
-from ..calibration_protoleak import CrossFitted
 from ..evaluation.splits import SOURCE, groups_of
 from ..evaluation.verdicts import REAL
 from ..image_processing_protoleak import ProtoLeakImageProcessor
@@ -42,7 +42,7 @@ def make_model(
         label_names (`list[str]`): The classes in the order of the logits.
         vae (`torch.nn.Module`, *optional*): Used instead of the one that `arguments` name.
     """
-    source = arguments.model_name_or_path or arguments.config_name
+    source = arguments.model_name_or_path or arguments.recipe
     overrides = {k: v for k in ("crop_size", "num_crops") if (v := getattr(arguments, k)) is not None}
     values = ProtoLeakImageProcessor.get_image_processor_dict(source)[0]
     processor = ProtoLeakImageProcessor(**values | overrides)
@@ -113,7 +113,10 @@ def begin_across_sources(
     samples = make_samples(model, torch.cat(pooled), labels[0])
     groups = groups_of(rows)
     groups = np.arange(len(rows)) if groups is None else groups
-    folds, everything = source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups), np.full(len(rows), True)
+    folds, everything = (
+        source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups),
+        np.full(len(rows), True),
+    )
     settings = choose_settings(samples, [(folds != fold, folds == fold) for fold in np.unique(folds)])
     begin_as(model, samples, everything, settings)
     names, counts = model.config.label_names, count_sources(rows)
@@ -166,7 +169,9 @@ def pool_features(
         if model.takes_features:
             pooled = inputs.float()
         else:
-            pooled = model.protoleak.describe([inputs if average_crops else inputs.flatten(0, -4)])["features"]
+            pooled = model.protoleak.describe([inputs if average_crops else inputs.flatten(0, -4)])[
+                "features"
+            ]
         features.append(pooled.mean(dim=2).cpu())
         labels.append(targets.repeat_interleave(len(pooled) // len(targets)))
     return torch.cat(features), torch.cat(labels)
