@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint'
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
 FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
+FLAT = 1e-4  # deviation up to which a crop shows nothing but rounding
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
 
 
@@ -140,7 +141,7 @@ def evidence(latents: torch.Tensor) -> torch.Tensor:
     (N, C, H, W) -> (N,)
     """
     deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
-    return (deviation / FULL_EVIDENCE).clamp_max(1)
+    return torch.where(deviation > FLAT, deviation / FULL_EVIDENCE, 0.0).clamp_max(1)
 
 
 class TemporalAttention(nn.Module):
@@ -277,12 +278,19 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         """
         z_0 at each of the config's scales, by [`encode_with`] the VAE: (..., 3, h, w) in [-1, 1] -> for each
         scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares.
+        Among several crops an image (B, V, 3, h, w) those of one colour have flat latents, without what a
+        VAE's padding leaves at their edges.
         """
         if self.vae is None:
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
         flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
         pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
-        return [encode_with(self.vae, pixels).unflatten(0, views) for pixels in pyramid]
+        encoded = [encode_with(self.vae, pixels) for pixels in pyramid]
+        if len(views) == 2:
+            one_colour = (flat == flat[..., :1, :1]).flatten(1).all(dim=1)[:, None, None, None]
+            one_colour = one_colour.to(encoded[0].device)
+            encoded = [torch.where(one_colour, z.mean(dim=(2, 3), keepdim=True), z) for z in encoded]
+        return [latents.unflatten(0, views) for latents in encoded]
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """
@@ -376,7 +384,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     ) -> dict[str, torch.Tensor | None]:
         """
         The fields of [`ProtoLeakModelOutput`] from `noisy_latents` on, from z_0 at each scale, (B, C, H, W)
-        or (B, V, C, H, W) each. Of several crops those without evidence are not looked at.
+        or (B, V, C, H, W) each. Of several crops those without evidence are not looked at; where all are,
+        the first counts alone.
         """
         views, scales = pyramid[0].shape[:-3], len(self.config.scales)
         if len(views) not in (1, 2) or len(pyramid) != scales:
@@ -389,7 +398,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         weights, chosen = None, slice(None)
         if len(views) == 2:
             weights = evidence(whitened[0]).view(views)
-            weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, 1.0)
+            weights[:, 0] = torch.where(weights.sum(dim=1) > 0, weights[:, 0], 1.0)
             chosen = weights.flatten().nonzero()[:, 0]
             weights = weights / weights.sum(dim=1, keepdim=True)
         noisy = [self.simulate(latents[chosen]) for latents in whitened]  # (BV, T, C, H, W) each
@@ -500,11 +509,17 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
             discriminants (`list[Discriminant]`): One for each of the encoder's families of features, fitted
                 to [`LeakEncoder.family_features`] averaged over timesteps.
             scales (`list[float]`): What each counts: the factor of its projection.
+
+        Raises:
+            ValueError: a class had no samples.
         """
+        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
+        if absent := means.isnan().any(dim=1).nonzero()[:, 0].tolist():
+            names = [self.config.label_names[k] for k in absent]
+            raise ValueError(f"discriminants need samples of every class; there are none of {names}")
         for parameter in self.protoleak.gate.output.parameters():
             parameter.zero_()  # every dimension weighs a half
         self.protoleak.encoder.begin_as(discriminants, scales)
-        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
         prototypes = self.head.prototypes.normal_(std=0.1)
         prototypes[..., : means.shape[1]] += means[:, None].to(prototypes)
 

@@ -8,12 +8,8 @@ N, C, H, W in shape comments: latents or feature maps, channels, height, width; 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
-
-SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.9)  # of which a discriminant's is chosen
-SCALES = tuple(float(s) for s in np.geomspace(0.05, 1.0, 25))
 
 
 def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:

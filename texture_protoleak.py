@@ -145,7 +145,8 @@ class PrincipalPlane(nn.Module):
         blocks = covariance.view(planes, places, planes, places)
         between = blocks.diagonal(dim1=1, dim2=3).mean(dim=-1)  # of planes, at the same place
         variances, vectors = torch.linalg.eigh(between)
-        mixture = vectors[:, -1] * vectors[:, -1].sum().sign() / variances[-1].sqrt()
+        mixture = vectors[:, -1] / variances[-1].sqrt()
+        mixture = mixture * mixture[mixture.abs().argmax()].sign()  # its sign is made the same everywhere
         mix = torch.kron(mixture[None], torch.eye(places).to(mixture))  # (p^2, C)
         self.readout.copy_(mix @ torch.linalg.inv(whitening))
         self.offset.copy_(mix @ mean)

@@ -100,36 +100,46 @@ def source_folds(
     labels: np.ndarray, sources: np.ndarray, groups: np.ndarray, num_folds: int = FOLDS, seed: int = 0
 ) -> np.ndarray:
     """
-    A fold for each image, (n,): whole sources together, but never all sources of a class in one fold. Images
-    of a class with a single source, which could not be left out without the class, are split by group.
+    A fold for each image, (n,): whole sources together. Images of a class with a single source, which could
+    not be left out without the class, are split by group, and where they are of one group, each alone. No
+    fold has all images of a class; where that asks for it, there is a fold more.
 
     Args:
         labels, sources, groups (`np.ndarray` of shape `(n,)`): Of each image.
         num_folds (`int`): At least 2.
         seed (`int`): Of the order in which sources of one size are taken.
     """
-    single = np.isin(labels, [k for k in np.unique(labels) if len(set(sources[labels == k])) == 1])
-    units = np.where(single, np.char.add("group:", groups.astype(str)), sources.astype(str))
-    names, counts = np.unique(units, return_counts=True)
+    classes, of_class = np.unique(labels, return_inverse=True)
+    units = _units(labels, sources, groups)
+    names, of_unit, counts = np.unique(units, return_inverse=True, return_counts=True)
+    images = np.zeros((len(names), len(classes)), dtype=int)  # of each class, in each unit
+    np.add.at(images, (of_unit, of_class), 1)
+    divisible = (images > 0).sum(axis=0) > 1  # a class of a single image can't be
     order = np.random.default_rng(seed).permutation(len(names))
     order = order[np.argsort(-counts[order], kind="stable")]
-    fold_of, sizes = {}, np.zeros(num_folds)
-    for place in order:
-        members = units == names[place]
-        allowed = [f for f in range(num_folds) if _keeps_classes(members, f, fold_of, units, labels, single)]
-        fold = min(allowed or range(num_folds), key=lambda f: sizes[f])
-        fold_of[names[place]] = fold
-        sizes[fold] += counts[place]
-    return np.array([fold_of[unit] for unit in units])
+    in_folds, fold_of = np.zeros((num_folds, len(classes)), dtype=int), np.zeros(len(names), dtype=int)
+    for unit in order:
+        whole = (in_folds + images[unit] == images.sum(axis=0)) & (images[unit] > 0) & divisible
+        allowed = np.flatnonzero(~whole.any(axis=1))
+        if not len(allowed):
+            allowed, in_folds = [len(in_folds)], np.pad(in_folds, ((0, 1), (0, 0)))
+        fold_of[unit] = min(allowed, key=lambda f: in_folds[f].sum())
+        in_folds[fold_of[unit]] += images[unit]
+    return fold_of[of_unit]
 
 
-def _keeps_classes(
-    members: np.ndarray, fold: int, fold_of: dict[str, int], units: np.ndarray, labels: np.ndarray,
-    single: np.ndarray,
-) -> bool:  # fmt: skip
-    """Whether each class of a unit has another source that is not in this fold."""
-    in_fold = members | np.isin(units, [unit for unit, f in fold_of.items() if f == fold])
-    return all((~in_fold[labels == k]).any() for k in np.unique(labels[members & ~single]))
+def _units(labels: np.ndarray, sources: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """What stays together, (n,): the source, or of a class with a single source the group or the image."""
+    units = sources.astype(str)
+    for k in np.unique(labels):
+        members = np.flatnonzero(labels == k)
+        if len(set(sources[members])) == 1:
+            kind, values = (
+                ("group:", groups) if len(set(groups[members])) > 1 else ("image:", np.arange(len(labels)))
+            )
+            names = np.char.add(kind, values.astype(str))
+            units = np.where(labels == k, names, units)
+    return units
 
 
 def class_folds(labels: np.ndarray, spared: int | None, num_folds: int = STRANGER_FOLDS) -> list[np.ndarray]:

@@ -108,15 +108,14 @@ def begin_across_sources(
         views (`list[torch.utils.data.Dataset]`): Of the same images, those as they are first.
         rows (`datasets.Dataset`): The same images' labels and sources, see [`join_learned`].
     """
+    model.eval()
     pooled, labels = zip(*(pool_features(model, view, average_crops=True) for view in views), strict=True)
     model.protoleak.encoder.fit_norm(torch.cat(pooled))
     samples = make_samples(model, torch.cat(pooled), labels[0])
     groups = groups_of(rows)
     groups = np.arange(len(rows)) if groups is None else groups
-    folds, everything = (
-        source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups),
-        np.full(len(rows), True),
-    )
+    folds = source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups)
+    everything = np.full(len(rows), True)
     settings = choose_settings(samples, [(folds != fold, folds == fold) for fold in np.unique(folds)])
     begin_as(model, samples, everything, settings)
     names, counts = model.config.label_names, count_sources(rows)
@@ -162,16 +161,18 @@ def pool_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the encoder pools, averaged over timesteps, (n, S, P), and labels (n,): a row an image with
-    `average_crops`, else a row a crop.
+    `average_crops`, else a row a crop, without those that fill a batch up.
     """
     features, labels = [], []
     for inputs, targets in DataLoader(images, 64):
+        if inputs.ndim == 5 and not average_crops and not model.takes_features:
+            crops = [without_fillers(image) for image in inputs]
+            inputs, counts = torch.cat(crops), torch.tensor([len(image) for image in crops])
+            targets = targets.repeat_interleave(counts)
         if model.takes_features:
             pooled = inputs.float()
         else:
-            pooled = model.protoleak.describe([inputs if average_crops else inputs.flatten(0, -4)])[
-                "features"
-            ]
+            pooled = model.protoleak.describe([inputs])["features"]
         features.append(pooled.mean(dim=2).cpu())
-        labels.append(targets.repeat_interleave(len(pooled) // len(targets)))
+        labels.append(targets)
     return torch.cat(features), torch.cat(labels)

@@ -132,8 +132,11 @@ class LatentCache:
         facts, weights = [self.processor.to_dict(), vae_config], dict(vae.state_dict())
         if self.model.takes_features:
             own = self.model.config
-            facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.sigma_normalization]
-            weights |= {f"whitening.{k}": v for k, v in self.model.protoleak.whitening.state_dict().items()}
+            facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.patch_size]
+            facts += [own.sigma_normalization, own.contrast_normalization, "noise of evaluation"]
+            base = self.model.protoleak
+            weights |= {f"whitening.{k}": v for k, v in base.whitening.state_dict().items()}
+            weights |= {f"plane.{k}": v for k, v in base.encoder.plane.state_dict().items()}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, weight in sorted(weights.items()):
             content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -195,10 +198,16 @@ class LatentCache:
 
     @torch.no_grad()
     def _encode_batch(self, images: list[dict[str, Any]], view: View) -> np.ndarray:
-        """Images as `datasets` holds them, to latents or features (B, *shape), float16."""
+        """
+        Images as `datasets` holds them, to latents or features (B, *shape), float16; features with the noise
+        of evaluation, whatever mode the model is in.
+        """
         pyramid = self.model.protoleak.encode(self._pixels(images, view))
         if self.model.takes_features:
+            training = self.model.training
+            self.model.eval()
             encoded = self.model.protoleak.describe(pyramid)["features"]
+            self.model.train(training)
         else:
             (encoded,) = pyramid
         return encoded.reshape(len(images), *self.shape).half().cpu().numpy()
