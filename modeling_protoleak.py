@@ -24,13 +24,12 @@ from .configuration_protoleak import ProtoLeakConfig
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain, keep_thumbnails
-from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
+from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
 from .texture_protoleak import PrincipalPlane
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
-FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
 
 
@@ -131,16 +130,6 @@ def forward_diffusion(
     sigma = (1 - alphas_cumprod).sqrt()
     noisy = alphas_cumprod.sqrt() * latents[:, None] + sigma * noise
     return noisy / sigma if sigma_normalization else noisy
-
-
-def evidence(latents: torch.Tensor) -> torch.Tensor:
-    """
-    How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
-    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
-    (N, C, H, W) -> (N,)
-    """
-    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
-    return (deviation / FULL_EVIDENCE).clamp_max(1)
 
 
 class TemporalAttention(nn.Module):

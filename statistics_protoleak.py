@@ -8,12 +8,10 @@ N, C, H, W in shape comments: latents or feature maps, channels, height, width; 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
-SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.9)  # of which a discriminant's is chosen
-SCALES = tuple(float(s) for s in np.geomspace(0.05, 1.0, 25))
+FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
 
 
 def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
@@ -23,6 +21,16 @@ def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
     added. (N, C, H, W) -> (N, C, H, W)
     """
     return latents * latents.square().mean(dim=1, keepdim=True).add(1e-3).rsqrt()
+
+
+def evidence(latents: torch.Tensor) -> torch.Tensor:
+    """
+    How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
+    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
+    (N, C, H, W) -> (N,)
+    """
+    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
+    return (deviation / FULL_EVIDENCE).clamp_max(1)
 
 
 class _GridMoments(torch.autograd.Function):
