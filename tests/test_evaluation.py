@@ -247,7 +247,7 @@ def test_evaluate_and_robustness(trained, tmp_path, capsys):
 
 
 def test_evaluate_shows_same_and_other_sources(trained, tmp_path, capsys):
-    """On a data set whose split `cross` has two of the classes, and whose sources have a name of their own."""
+    """On a data set whose split `cross` has two of the classes, and whose sources have another name."""
     (tmp_path / "data").mkdir()
     splits = load_splits(str(trained.folder))
     splits["cross"] = splits["test"].filter(lambda row: row["label"] != "b")
