@@ -121,8 +121,8 @@ def _notes(splits: Mapping[str, SplitEvaluation]) -> list[str]:
             note += f", both on the {len(split.per_class)} classes that {name} has"
         notes.append(
             f"{note}. Accuracy, AUPR and calibration also depend on how many images each class has, which "
-            "differs between them; balanced accuracy doesn't. Intervals tell of other images of these sources; "
-            "other sources may differ by more."
+            "differs between them; balanced accuracy doesn't. Intervals tell of other images of these "
+            "sources; other sources may differ by more."
         )
     return notes
 
