@@ -100,8 +100,9 @@ def test_origins_and_sets_are_those_of_the_records():
         generated_p_values=generated,
     )  # fmt: skip
     output = ImageAttributionOutput(
-        logits=torch.from_numpy(logits), open_set_score=torch.zeros(3000), p_values=torch.from_numpy(p_values),
-        class_p_values=torch.from_numpy(of_class), generated_p_values=torch.from_numpy(generated),
+        logits=torch.from_numpy(logits), open_set_score=torch.zeros(3000),
+        p_values=torch.from_numpy(p_values), class_p_values=torch.from_numpy(of_class),
+        generated_p_values=torch.from_numpy(generated),
     )  # fmt: skip
     config = tiny_config()
     real = config.label_names.index("real")
