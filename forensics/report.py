@@ -158,7 +158,7 @@ def crops_in_words(crops: list[dict[str, Any]], shown: int = 3) -> list[str]:
 
 
 def explanation_lines(record: dict[str, Any]) -> list[str]:
-    """What the verdict means, reasons and the file's claims, for a terminal, below the line of the verdict."""
+    """What the verdict means, reasons and the file's claims: for a terminal, below the verdict."""
     if record["error"]:
         return [f"  {verdict_of(record)}"]
     reasons = reasons_in_words(record)
