@@ -265,13 +265,18 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
         z_0 at each of the config's scales, by [`encode_with`] the VAE: (..., 3, h, w) in [-1, 1] -> for each
-        scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares.
+        scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares. A
+        crop of an image that is of one colour, which may only fill a batch up, has latents of zero.
         """
         if self.vae is None:
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
         flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
         pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
-        return [encode_with(self.vae, pixels).unflatten(0, views) for pixels in pyramid]
+        encoded = [encode_with(self.vae, pixels) for pixels in pyramid]
+        if len(views) > 1:
+            varied = (flat.flatten(2).amax(dim=2) > flat.flatten(2).amin(dim=2)).any(dim=1)
+            encoded = [latents * varied.to(latents)[:, None, None, None] for latents in encoded]
+        return [latents.unflatten(0, views) for latents in encoded]
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """
