@@ -8,7 +8,7 @@ latent channels, height, width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, 
 from .configuration_protoleak import ProtoLeakConfig
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
-from .explanation_protoleak import explain, keep_thumbnails
+from .explanation_protoleak import explain
 from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
 from .texture_protoleak import PrincipalPlane
 
@@ -47,15 +47,12 @@ class ProtoLeakModelOutput(ModelOutput):
         statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`, *optional*):
             [`grid_statistics`] of the re-simulated latents, attended alike; not with `pooling="texture"`.
         noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
-        *optional*):
-            z_t at the first scale, with `output_noisy_latents=True`. With several crops an image, there is a
-            dimension of crops after the first.
+            *optional*): z_t at the first scale, with `output_noisy_latents=True`; crops after the first.
         features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
             What [`LeakEncoder.pool`] gives, averaged over crops by their weights.
         crop_weights (`torch.FloatTensor` of shape `(batch_size, num_crops)`, *optional*): The crops' shares
-            in that average, with several crops an image.
-        crop_features (`torch.FloatTensor` of shape `(batch_size, num_crops, num_scales, num_timesteps,
-        num_features)`, *optional*): The same of each crop, with several.
+            in that average, with several crops an image, and
+        crop_features (`(batch_size, num_crops, num_scales, num_timesteps, num_features)`): those of each.
     """
 
     embeddings: torch.FloatTensor | None = None
@@ -74,8 +71,8 @@ class ImageAttributionOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Class scores of the prototypes; in evaluation divided by the detector's temperature, where there
-            is one.
+            Class scores of the prototypes, divided by the detector's temperature, where there is one, but
+            not in training.
         open_set_score (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
             How much like the known classes' images it is, by the config's `open_set_scores`, once a detector
             is fitted.
@@ -358,10 +355,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             None if x is None else torch.einsum("bt,btd->bd", weights, x.to(weights))
             for x in (embeddings, gates, statistics)
         ]
-        names = ("embeddings", "gates", "statistics")
-        output = ProtoLeakModelOutput(
-            **dict(zip(names, attended, strict=True)), temporal_weights=weights, **described
-        )
+        attended = dict(zip(("embeddings", "gates", "statistics"), attended, strict=True))
+        output = ProtoLeakModelOutput(**attended, temporal_weights=weights, **described)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
@@ -376,8 +371,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         if len(views) not in (1, 2) or len(pyramid) != scales:
             shapes = [tuple(latents.shape) for latents in pyramid]
             raise ValueError(
-                f"latents must be (batch, channels, height, width), crops if any after the batch, one for "
-                f"each of {scales} scales; got shapes {shapes}"
+                f"latents must be {scales} (one a scale) of (batch, channels, height, width), crops if any "
+                f"after the batch; got shapes {shapes}"
             )
         whitened = [self.whiten(latents.flatten(0, -4)) for latents in pyramid]
         weights, chosen = None, slice(None)
@@ -506,11 +501,6 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     def explain(self, output: ImageAttributionOutput, **options: Any) -> list[dict[str, Any]]:
         """Why each image of an output got its scores, as plain values: see `explanation_protoleak.py`."""
         return explain(self, output, **options)
-
-    @torch.no_grad()
-    def keep_thumbnails(self, open_training_image: Callable[[int], Any], max_bytes: int = 1_000_000) -> None:
-        """Keep pictures of the training images nearest to prototypes: see `explanation_protoleak.py`."""
-        keep_thumbnails(self, open_training_image, max_bytes)
 
 
 __all__ = ["ImageAttributionOutput", "ProtoLeakForImageAttribution", "ProtoLeakModel", "ProtoLeakModelOutput"]

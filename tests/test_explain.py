@@ -39,7 +39,7 @@ from protoleak.image_processing_protoleak import thumbnail
 def fitted_model(fitted_model):
     """With thumbnails of its training images."""
     pictures = np.random.default_rng(0).integers(0, 256, (60, 80, 100, 3), dtype=np.uint8)
-    fitted_model.keep_thumbnails(lambda i: Image.fromarray(pictures[i]))
+    keep_thumbnails(fitted_model, lambda i: Image.fromarray(pictures[i]))
     return fitted_model
 
 
@@ -116,7 +116,7 @@ def test_the_pipeline_explains_and_counts_agreement(fitted_model, processor, pho
 def test_thumbnails_are_kept_with_the_checkpoint_within_their_room(fitted_model, tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
     size = len(thumbnail(picture))
-    fitted_model.keep_thumbnails(lambda i: picture, max_bytes=3 * size)
+    keep_thumbnails(fitted_model, lambda i: picture, max_bytes=3 * size)
     assert len(fitted_model.detector.thumbnails_) == 3
     fitted_model.save_pretrained(tmp_path)
     loaded = type(fitted_model).from_pretrained(tmp_path)
