@@ -33,7 +33,7 @@ from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
-from protoleak.explanation_protoleak import keep_thumbnails
+from protoleak.explanation_protoleak import keep_origins, keep_thumbnails
 from protoleak.files_protoleak import whole_folder
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.card import write_card
@@ -50,6 +50,8 @@ from protoleak.training.loop import fit
 from protoleak.training.state import STATE_FOLDER
 from protoleak.training.views import EncodedSplits, encode_splits
 from transformers import HfArgumentParser
+
+ORIGIN_COLUMNS = {"source", "path", "sha256_16"}  # with all of these an image can be named without showing it
 
 
 def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> dict[str, Any]:
@@ -123,6 +125,11 @@ def fit_detector(
     """
     held_out = None if data.validation is None else predict(model, data.validation, accelerator)
     model.fit_detector(predict(model, data.known, accelerator), held_out, cross_fitted)
+    if set(rows.column_names) >= ORIGIN_COLUMNS:
+        origins = rows.select_columns(list(ORIGIN_COLUMNS))
+        keep_origins(
+            model, lambda i: "{source}: {path} (sha256 {sha256_16})".format(**origins[i % len(rows)])
+        )
     if arguments.thumbnails:
         images = rows["image"]  # post-processed ones come after all others in `known`
         keep_thumbnails(model, lambda i: (image := images[i % len(images)])["bytes"] or image["path"])

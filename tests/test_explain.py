@@ -13,6 +13,7 @@ from protoleak import ImageAttributionPipeline
 from protoleak.cli import format_row, main
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import Evaluation, evaluate_splits
+from protoleak.explanation_protoleak import keep_thumbnails
 from protoleak.forensics.figures import (
     EmbeddingMap,
     draw_confusion,
