@@ -182,7 +182,7 @@ class ProtoLeakConfig(PreTrainedConfig):
             self._require("latent_whitening", self.latent_whitening, 'true with pooling="texture"')
             fits = self.latent_channels % self.patch_size**2 == 0
             self._require(
-                "patch_size", fits, f"one whose square divides {self.latent_channels} latent channels"
+                "patch_size", fits, f"one whose square divides latent_channels = {self.latent_channels}"
             )
             statistics = "statistics" in scores
             self._require("open_set_scores", not statistics, 'of embeddings alone with pooling="texture"')

@@ -30,7 +30,7 @@ MAX_FOLDS = 20  # in which images calibrate what is fitted on the others
 HALVED = ("gates", "statistics")  # the parts that are rounded to float16, as they are on disk
 STATE = (
     "labels", "open_set_scores", "train_", "held_out_", "chosen_", "spreads_", "calibration_",
-    "own_calibration_", "temperature_", "class_calibration_", "generated_calibration_", "thumbnails_",
+    "own_calibration_", "temperature_", "class_calibration_", "generated_calibration_", "thumbnails_", "origins_",
     "probe_",
 )  # fmt: skip
 
@@ -63,6 +63,7 @@ class OpenSetDetector:
             For each class, the sorted probabilities of that class for its calibration images.
         generated_calibration_ (`torch.Tensor` of shape `(g,)`, *optional*):
             The sorted probabilities of class "real" for generated ones; `None` without such a class.
+        origins_ (`dict[int, str]`): Of the same training images, where each comes from, in words.
         thumbnails_ (`dict[int, bytes]`):
             Of training images, by their place in `train_`: small JPEG files, for those nearest to prototypes.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
@@ -79,6 +80,7 @@ class OpenSetDetector:
         self.temperature_ = 1.0
         self.class_calibration_: list[torch.Tensor] = []
         self.generated_calibration_: torch.Tensor | None = None
+        self.origins_: dict[int, str] = {}
         self.thumbnails_: dict[int, bytes] = {}
         self._scores: dict[str, OpenSetScore] = {}
 
@@ -273,12 +275,14 @@ class OpenSetDetector:
         if self.held_out_ is not None:
             detector = OpenSetDetector().fit(train, self.held_out_, names, self.open_set_scores)
             detector.thumbnails_ = dict(self.thumbnails_)
+            detector.origins_ = dict(self.origins_)
             return detector
         detector = copy.copy(self)
         detector.labels, detector.train_ = names, train
         detector._scores = detector._fitted(train, {})
         detector.chosen_ = {features: score.chosen() for features, score in detector._scores.items()}
         detector.thumbnails_ = dict(self.thumbnails_)
+        detector.origins_ = dict(self.origins_)
         detector.own_calibration_ = self.own_calibration_ | detector._own_calibration()
         return detector
 

@@ -27,8 +27,8 @@ class LeakEncoder(nn.Module):
 
     Attributes:
         parts (`dict[str, int]`): What is pooled, and how many features of each.
-        families (`list[tuple[str, ...]]`): The parts that are projected; those of one family are seen together
-            by the discriminant that a network begins as.
+        families (`list[tuple[str, ...]]`): The parts that are projected; those of one family are seen
+            together by the discriminant that a network begins as.
     """
 
     def __init__(self, config: ProtoLeakConfig):
@@ -59,9 +59,7 @@ class LeakEncoder(nn.Module):
         projected = sum(self.parts[name] for family in self.families for name in family)
         self.norm = nn.Identity()
         if config.pooling != "mean":
-            rare = (
-                1e-7 if config.pooling == "texture" else 1e-5
-            )  # least variance: of patterns that hardly occur
+            rare = 1e-7 if config.pooling == "texture" else 1e-5  # the least variance, of rare patterns
             self.norm = nn.BatchNorm1d(self.num_scales * projected, affine=False, eps=rare)
         self.dropout = nn.Dropout(config.feature_dropout)
         self.projections = nn.ModuleList(
@@ -92,7 +90,7 @@ class LeakEncoder(nn.Module):
         return torch.cat([parts[name] for name in names], dim=-1)
 
     def statistics(self, pooled: torch.Tensor) -> torch.Tensor | None:
-        """The latents' own [`grid_statistics`] among pooled features, where they are: (..., P) -> (..., S')"""
+        """The latents' own [`grid_statistics`] among pooled features: (..., P) -> (..., S'), or `None`"""
         return self.take(pooled, ("grid_statistics",)) if "grid_statistics" in self.parts else None
 
     def projected(self, pooled: torch.Tensor) -> torch.Tensor:
@@ -119,7 +117,7 @@ class LeakEncoder(nn.Module):
 
     @torch.no_grad()
     def family_features(self, pooled: torch.Tensor) -> list[torch.Tensor]:
-        """What the discriminant of each family sees, normalised: (n, S, P) -> (n, S F_family) each, float32"""
+        """What each family's discriminant sees, normalised: (n, S, P) -> (n, S F_family) each, float32"""
         features = self.projected(pooled)
         normalised = self.norm(features.flatten(1).to(self.device)).view_as(features).cpu()
         sizes = [sum(self.parts[name] for name in family) for family in self.families]

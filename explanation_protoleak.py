@@ -144,7 +144,8 @@ def crops_of(
 def prototype_examples(model: Any, count: int = 3) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """
     For each class k and prototype m the training images nearest to it, each seen through its own gates:
-    `index` in the detector's training images, and `label`. Prototypes that enrolling left unused have none.
+    `index` in the detector's training images, `label`, and `origin`, where it comes from, if that was kept.
+    Prototypes that enrolling left unused have none.
 
     Raises:
         ValueError: the model has no detector, so its training images are not known.
@@ -157,8 +158,23 @@ def prototype_examples(model: Any, count: int = 3) -> dict[tuple[int, int], list
     examples = {}
     for k, m in model.head.in_use().nonzero().tolist():
         nearest = distances[:, k, m].argsort()[:count].tolist()
-        examples[k, m] = [{"index": n, "label": names[int(known["labels"][n])]} for n in nearest]
+        examples[k, m] = [
+            {"index": n, "label": names[int(known["labels"][n])], "origin": model.detector.origins_.get(n)}
+            for n in nearest
+        ]
     return examples
+
+
+def keep_origins(model: Any, tell_origin: Callable[[int], str]) -> None:
+    """
+    Keep where the training images nearest to each prototype come from with the detector.
+
+    Args:
+        tell_origin (`Callable`): From an image's place among the detector's training images, as it was given
+            to `fit_detector`, to a few words.
+    """
+    nearest = (row["index"] for rows in prototype_examples(model).values() for row in rows)
+    model.detector.origins_ = {index: tell_origin(index) for index in nearest}
 
 
 def keep_thumbnails(

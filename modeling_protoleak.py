@@ -8,7 +8,7 @@ latent channels, height, width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,13 @@ from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, 
 from .configuration_protoleak import ProtoLeakConfig
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
-from .explanation_protoleak import explain, keep_thumbnails
-from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
+from .explanation_protoleak import explain
+from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
 from .texture_protoleak import PrincipalPlane
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
-FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
-FLAT = 1e-4  # deviation up to which a crop shows nothing but rounding
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
 
 
@@ -49,15 +47,12 @@ class ProtoLeakModelOutput(ModelOutput):
         statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`, *optional*):
             [`grid_statistics`] of the re-simulated latents, attended alike; not with `pooling="texture"`.
         noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
-        *optional*):
-            z_t at the first scale, with `output_noisy_latents=True`. With several crops an image, there is a
-            dimension of crops after the first.
+            *optional*): z_t at the first scale, with `output_noisy_latents=True`; crops after the first.
         features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
             What [`LeakEncoder.pool`] gives, averaged over crops by their weights.
         crop_weights (`torch.FloatTensor` of shape `(batch_size, num_crops)`, *optional*): The crops' shares
-            in that average, with several crops an image.
-        crop_features (`torch.FloatTensor` of shape `(batch_size, num_crops, num_scales, num_timesteps,
-        num_features)`, *optional*): The same of each crop, with several.
+            in that average, with several crops an image, and
+        crop_features (`(batch_size, num_crops, num_scales, num_timesteps, num_features)`): those of each.
     """
 
     embeddings: torch.FloatTensor | None = None
@@ -76,8 +71,8 @@ class ImageAttributionOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Class scores of the prototypes; in evaluation divided by the detector's temperature, where there
-            is one.
+            Class scores of the prototypes, divided by the detector's temperature, where there is one, but
+            not in training.
         open_set_score (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
             How much like the known classes' images it is, by the config's `open_set_scores`, once a detector
             is fitted.
@@ -132,16 +127,6 @@ def forward_diffusion(
     sigma = (1 - alphas_cumprod).sqrt()
     noisy = alphas_cumprod.sqrt() * latents[:, None] + sigma * noise
     return noisy / sigma if sigma_normalization else noisy
-
-
-def evidence(latents: torch.Tensor) -> torch.Tensor:
-    """
-    How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
-    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
-    (N, C, H, W) -> (N,)
-    """
-    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
-    return torch.where(deviation > FLAT, deviation / FULL_EVIDENCE, 0.0).clamp_max(1)
 
 
 class TemporalAttention(nn.Module):
@@ -277,19 +262,17 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
         z_0 at each of the config's scales, by [`encode_with`] the VAE: (..., 3, h, w) in [-1, 1] -> for each
-        scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares.
-        Among several crops an image (B, V, 3, h, w) those of one colour have flat latents, without what a
-        VAE's padding leaves at their edges.
+        scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares. A
+        crop of an image that is of one colour, which may only fill a batch up, has latents of zero.
         """
         if self.vae is None:
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
         flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
         pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
         encoded = [encode_with(self.vae, pixels) for pixels in pyramid]
-        if len(views) == 2:
-            one_colour = (flat == flat[..., :1, :1]).flatten(1).all(dim=1)[:, None, None, None]
-            one_colour = one_colour.to(encoded[0].device)
-            encoded = [torch.where(one_colour, z.mean(dim=(2, 3), keepdim=True), z) for z in encoded]
+        if len(views) > 1:
+            varied = (flat.flatten(2).amax(dim=2) > flat.flatten(2).amin(dim=2)).any(dim=1)
+            encoded = [latents * varied.to(latents)[:, None, None, None] for latents in encoded]
         return [latents.unflatten(0, views) for latents in encoded]
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
@@ -372,10 +355,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             None if x is None else torch.einsum("bt,btd->bd", weights, x.to(weights))
             for x in (embeddings, gates, statistics)
         ]
-        names = ("embeddings", "gates", "statistics")
-        output = ProtoLeakModelOutput(
-            **dict(zip(names, attended, strict=True)), temporal_weights=weights, **described
-        )
+        attended = dict(zip(("embeddings", "gates", "statistics"), attended, strict=True))
+        output = ProtoLeakModelOutput(**attended, temporal_weights=weights, **described)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
@@ -391,8 +372,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         if len(views) not in (1, 2) or len(pyramid) != scales:
             shapes = [tuple(latents.shape) for latents in pyramid]
             raise ValueError(
-                f"latents must be (batch, channels, height, width), crops if any after the batch, one for "
-                f"each of {scales} scales; got shapes {shapes}"
+                f"latents must be {scales} (one a scale) of (batch, channels, height, width), crops if any "
+                f"after the batch; got shapes {shapes}"
             )
         whitened = [self.whiten(latents.flatten(0, -4)) for latents in pyramid]
         weights, chosen = None, slice(None)
@@ -527,11 +508,6 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     def explain(self, output: ImageAttributionOutput, **options: Any) -> list[dict[str, Any]]:
         """Why each image of an output got its scores, as plain values: see `explanation_protoleak.py`."""
         return explain(self, output, **options)
-
-    @torch.no_grad()
-    def keep_thumbnails(self, open_training_image: Callable[[int], Any], max_bytes: int = 1_000_000) -> None:
-        """Keep pictures of the training images nearest to prototypes: see `explanation_protoleak.py`."""
-        keep_thumbnails(self, open_training_image, max_bytes)
 
 
 __all__ = ["ImageAttributionOutput", "ProtoLeakForImageAttribution", "ProtoLeakModel", "ProtoLeakModelOutput"]

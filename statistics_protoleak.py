@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
+FLAT = 1e-4  # deviation up to which a crop shows nothing but rounding
+
 
 def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
     """
@@ -19,6 +22,16 @@ def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
     added. (N, C, H, W) -> (N, C, H, W)
     """
     return latents * latents.square().mean(dim=1, keepdim=True).add(1e-3).rsqrt()
+
+
+def evidence(latents: torch.Tensor) -> torch.Tensor:
+    """
+    How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
+    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
+    (N, C, H, W) -> (N,)
+    """
+    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
+    return torch.where(deviation > FLAT, deviation / FULL_EVIDENCE, 0.0).clamp_max(1)
 
 
 class _GridMoments(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """
 What a network pools from a re-simulated latent without a backbone: statistics of its texture, whatever its
-size, of fourth order (which residuals occur side by side) and of second (how neighbouring latents vary together).
+size, of fourth order (which residuals occur side by side) and of second (how neighbours vary together).
 
-Residuals and their co-occurrences are those of steganalysis ("Rich Models for Steganalysis of Digital Images",
-Fridrich and Kodovský 2012), with quantisation steps that are wide enough for what compression leaves behind.
+Residuals and their co-occurrences are those of steganalysis (Fridrich and Kodovský, "Rich Models for
+Steganalysis of Digital Images", 2012), with steps that are wide enough for what compression leaves behind.
 """
 
 import math

@@ -1,5 +1,6 @@
 """Every metric of images that a model gave predictions for, and the same on resampled images."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ def bootstrap(
     Every metric that is one number on resampled images, `(resamples,)`, NaN where it is of no image. Known
     images are drawn within each class, by `stream`; unknown ones are the same for every `stream`.
     """
+    if unknown is not None:
+        unknown = replace(unknown, gates=None, statistics=None)  # which no metric is of
+    test = replace(test, gates=None, statistics=None)
     of_known, of_unknown = np.random.default_rng([0, stream]), np.random.default_rng(1)
     members = [np.flatnonzero(test.labels == k) for k in np.unique(test.labels)]
     draws = []

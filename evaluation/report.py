@@ -120,7 +120,9 @@ def _notes(splits: Mapping[str, SplitEvaluation]) -> list[str]:
         if len(split.per_class) < len(main.per_class):
             note += f", both on the {len(split.per_class)} classes that {name} has"
         notes.append(
-            f"{note}. Intervals tell of other images of these sources; other sources may differ by more."
+            f"{note}. Accuracy, AUPR and calibration also depend on how many images each class has, which "
+            "differs between them; balanced accuracy doesn't. Intervals tell of other images of these "
+            "sources; other sources may differ by more."
         )
     return notes
 

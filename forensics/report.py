@@ -158,13 +158,12 @@ def crops_in_words(crops: list[dict[str, Any]], shown: int = 3) -> list[str]:
 
 
 def explanation_lines(record: dict[str, Any]) -> list[str]:
-    """Verdict, reasons and the file's claims, for a terminal."""
-    lines = [f"  {verdict_of(record)}"]
-    if not record["error"]:
-        lines += [f"  {meaning_in_words(record)}"]
-        lines += [f"  - {reason}" for reason in reasons_in_words(record)]
-        lines += [f"  - the file's claim: {claim}" for claim in summarise_provenance(record["provenance"])]
-    return lines
+    """What the verdict means, reasons and the file's claims: for a terminal, below the verdict."""
+    if record["error"]:
+        return [f"  {verdict_of(record)}"]
+    reasons = reasons_in_words(record)
+    reasons += [f"the file's claim: {claim}" for claim in summarise_provenance(record["provenance"])]
+    return [f"  {meaning_in_words(record)}", *(f"  - {reason}" for reason in reasons)]
 
 
 def reasons_in_words(record: dict[str, Any]) -> list[str]:

@@ -3,7 +3,11 @@ import numpy as np
 import pytest
 from huggingface_hub import RepoCard
 from protoleak.evaluate_protoleak.app import EXAMPLE, compute, make_page
-from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_classification_rate, open_set_metrics
+from protoleak.evaluate_protoleak.evaluate_protoleak import (
+    one_vs_rest_auc,
+    open_set_classification_rate,
+    open_set_metrics,
+)
 from sklearn.metrics import roc_auc_score
 
 from . import ROOT
@@ -31,6 +35,15 @@ def test_macro_auc_is_scikit_learns(metric, scores):
     assert set(result["per_class_auc"]) == {"real", "a", "b"}
     assert result["accuracy"] == (predictions.argmax(1) == references).mean()
     assert "auroc" not in result
+
+
+def test_aucs_count_ties_as_scikit_learn_does():
+    rng = np.random.default_rng(0)
+    predictions, references = rng.integers(0, 4, (50, 4)).astype(float), rng.integers(0, 3, 50)
+    aucs = one_vs_rest_auc(predictions, references)
+    expected = [roc_auc_score(references == k, predictions[:, k]) for k in range(3)]
+    assert aucs[:3] == pytest.approx(expected)
+    assert np.isnan(aucs[3])
 
 
 def test_both_configurations_agree_and_batches_can_be_added(metric, scores):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from protoleak.cli import main
 from protoleak.evaluation.metrics import compute_metrics, expected_calibration_error, reliability
@@ -15,9 +16,11 @@ from protoleak.evaluation.report import TITLES, format_report, format_summary
 from protoleak.evaluation.shortcuts import format_bias, tells_classes
 from protoleak.evaluation.splits import load_splits, load_unknown
 from protoleak.evaluation.verdicts import coverage_at_precision, exact_intervals
+from protoleak.modeling_protoleak import ImageAttributionOutput
+from protoleak.pipeline_protoleak import records_of
 from protoleak.scores_protoleak import OPEN_SET_SCORES
 
-from .conftest import draw
+from .conftest import draw, tiny_config
 
 NAMES = ["real", "a"]
 
@@ -84,6 +87,32 @@ def test_a_camera_is_said_only_where_every_generator_is_ruled_out(
     likeliest = float(class_p_values[1] > class_p_values[0])
     image = predictions([likeliest], [0], [p_value], [class_p_values], [generated_p_value])
     assert ORIGINS[image.origins(0.05, 0.01, real=0)[0]] == origin
+
+
+def test_origins_and_sets_are_those_of_the_records():
+    """Of 3,000 images with small p-values, so that every case occurs."""
+    rng = np.random.default_rng(0)
+    logits, of_class = rng.normal(size=(3000, 3)), rng.uniform(size=(3000, 3)) ** 4
+    generated, p_values = rng.uniform(size=3000) ** 8, rng.uniform(size=3000) ** 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    images = Predictions(
+        np.zeros((3000, 1)), probabilities, np.zeros(3000, int), p_values=p_values, class_p_values=of_class,
+        generated_p_values=generated,
+    )  # fmt: skip
+    output = ImageAttributionOutput(
+        logits=torch.from_numpy(logits), open_set_score=torch.zeros(3000),
+        p_values=torch.from_numpy(p_values), class_p_values=torch.from_numpy(of_class),
+        generated_p_values=torch.from_numpy(generated),
+    )  # fmt: skip
+    config = tiny_config()
+    real = config.label_names.index("real")
+    records = records_of(output, config)
+    origins = images.origins(config.alpha, config.camera_alpha, real)
+    assert [ORIGINS[place] for place in origins] == [record["origin"] for record in records]
+    assert set(origins) == {0, 1, 2}
+    for in_set, record in zip(images.in_sets(config.alpha), records, strict=True):
+        names = [] if record["is_unknown"] else [config.label_names[k] for k in np.flatnonzero(in_set)]
+        assert sorted(record["prediction_set"]) == sorted(names)
 
 
 def test_a_rate_of_nothing_still_has_an_interval():
@@ -247,7 +276,7 @@ def test_evaluate_and_robustness(trained, tmp_path, capsys):
 
 
 def test_evaluate_shows_same_and_other_sources(trained, tmp_path, capsys):
-    """On a data set whose split `cross` has two of the classes, and whose sources have a name of their own."""
+    """On a data set whose split `cross` has two of the classes, and whose sources have another name."""
     (tmp_path / "data").mkdir()
     splits = load_splits(str(trained.folder))
     splits["cross"] = splits["test"].filter(lambda row: row["label"] != "b")

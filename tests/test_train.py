@@ -324,7 +324,7 @@ def test_training_never_holds_many_latents(trained, monkeypatch, tmp_path):
         alive.append(sum(one.numel() for one in tensors if one.dtype == torch.float16))
         return {"validation_loss": 1.0}
 
-    monkeypatch.setattr("protoleak.train.validate", count)
+    monkeypatch.setattr("protoleak.training.loop.validate", count)
     train(arguments(tmp_path, trained.folder, trained.recipe, num_train_epochs=1))
     assert len(alive) == 2, "before and after the epoch"
     row = 4 * 8 * 8

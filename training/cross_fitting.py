@@ -78,8 +78,8 @@ class Samples:
 
 def join_learned(splits: DatasetDict) -> DatasetDict:
     """
-    The splits as cross-fitting over sources needs them: training and validation images in one, where they have
-    sources and some class has several; else as they are.
+    The splits as cross-fitting over sources needs them: training and validation images in one, where they
+    have sources and some class has several; else as they are.
     """
     train = splits["train"]
     if SOURCE not in train.column_names or not any(c > 1 for c in count_sources(train).values()):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..explanation_protoleak import keep_thumbnails
 from ..files_protoleak import whole_folder
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
@@ -32,9 +33,10 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
     outputs = [model(processor(file)["pixel_values"]) for file in files]
-    model.enroll(name, {part: torch.cat([o[part] for o in outputs]) for part in PARTS})
+    parts = [part for part in PARTS if outputs[0][part] is not None]
+    model.enroll(name, {part: torch.cat([output[part] for output in outputs]) for part in parts})
     first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
-    model.keep_thumbnails(lambda i: files[i - first] if i >= first else None)
+    keep_thumbnails(model, lambda i: files[i - first] if i >= first else None)
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)

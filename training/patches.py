@@ -12,8 +12,8 @@ SHIFT = 2.0  # keeps what its rectifier sees positive
 def make_patch_autoencoder() -> AutoencoderDC:
     """
     An autoencoder of diffusers whose 12 latents are the values of a patch of 2x2 pixels: its convolutions are
-    set by hand, the first and the last to the identity. It loses nothing (decoded pixels in [-1, 1] are off by
-    less than 1e-4), has nothing to learn, and encoding costs next to nothing.
+    set by hand, the first and the last to the identity. It loses nothing (decoded pixels in [-1, 1] are off
+    by less than 1e-4), has nothing to learn, and encoding costs next to nothing.
     """
     vae = AutoencoderDC(
         in_channels=3, latent_channels=LATENTS, attention_head_dim=3, scaling_factor=1.0,
