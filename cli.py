@@ -245,7 +245,7 @@ def _robustness_arguments(command: argparse.ArgumentParser) -> None:
 
 def _export_arguments(command: argparse.ArgumentParser) -> None:
     parts = ("whole", "network")
-    command.add_argument("--part", choices=parts, default="whole", help="with the VAE, or after")
+    command.add_argument("--part", choices=parts, default="whole", help="with the VAE, or what comes after")
     command.add_argument("--output", required=True, help="file to write")
 
 

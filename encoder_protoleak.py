@@ -132,7 +132,12 @@ class LeakEncoder(nn.Module):
         """
         Make the embedding, at even attention, the projections of one discriminant a family, each in
         dimensions of its own and times its scale, which must fit into D; all other dimensions are zero.
+
+        Raises:
+            ValueError: a class had no samples.
         """
+        if absent := sorted({k for d in discriminants for k in d.means.isnan().nonzero()[:, 0].tolist()}):
+            raise ValueError(f"discriminants need samples of every class; there are none of classes {absent}")
         sizes = [sum(self.parts[name] for name in family) for family in self.families]
         for layer in self.projections:
             layer.weight.zero_()

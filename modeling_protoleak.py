@@ -490,17 +490,11 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
             discriminants (`list[Discriminant]`): One for each of the encoder's families of features, fitted
                 to [`LeakEncoder.family_features`] averaged over timesteps.
             scales (`list[float]`): What each counts: the factor of its projection.
-
-        Raises:
-            ValueError: a class had no samples.
         """
-        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
-        if absent := means.isnan().any(dim=1).nonzero()[:, 0].tolist():
-            names = [self.config.label_names[k] for k in absent]
-            raise ValueError(f"discriminants need samples of every class; there are none of {names}")
         for parameter in self.protoleak.gate.output.parameters():
             parameter.zero_()  # every dimension weighs a half
         self.protoleak.encoder.begin_as(discriminants, scales)
+        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
         prototypes = self.head.prototypes.normal_(std=0.1)
         prototypes[..., : means.shape[1]] += means[:, None].to(prototypes)
 

@@ -16,6 +16,7 @@ from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakIm
 from protoleak.forensics.scan import Attributor
 from protoleak.train import train
 from protoleak.training.arguments import TrainingArguments
+from protoleak.training.patches import make_patch_autoencoder
 
 LABELS = ["real", "a", "b"]
 
@@ -48,18 +49,28 @@ def tiny_config(**overrides) -> ProtoLeakConfig:
     return ProtoLeakConfig(**values | {"timesteps": [0, 50, 200]} | overrides)
 
 
+TEXTURE = {  # what makes a tiny model one of the root's kind
+    "pooling": "texture",
+    "latent_channels": 12,
+    "patch_size": 2,
+    "latent_whitening": True,
+    "scales": [1, 2],
+    "timesteps": [0, 20],
+}
+
+
 def tiny_model(**overrides) -> ProtoLeakForImageAttribution:
     torch.manual_seed(0)
     model = ProtoLeakForImageAttribution(tiny_config(**overrides)).eval()
-    model.attach_vae(tiny_vae(model.config.latent_channels))
+    texture = model.config.pooling == "texture"
+    model.attach_vae(make_patch_autoencoder() if texture else tiny_vae(model.config.latent_channels))
     return model
 
 
 def fit_random_detector(model: ProtoLeakForImageAttribution, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     size, num_labels = model.config.embedding_size, model.config.num_labels
-    channels = model.config.latent_channels
-    num_statistics = 6 * channels + channels * (channels - 1) // 2
+    num_statistics = model.protoleak.encoder.parts.get("grid_statistics", 0)
 
     def draw(count: int) -> dict[str, np.ndarray]:
         labels = np.arange(count) % num_labels

@@ -23,7 +23,8 @@ def test_latents_are_the_scaled_and_shifted_mode(model):
     model.attach_vae(vae)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     expected = (vae.encode(pixels).latent_dist.mode() - 0.25) * 0.5
-    torch.testing.assert_close(model.protoleak.encode(pixels), expected)
+    (encoded,) = model.protoleak.encode(pixels)
+    torch.testing.assert_close(encoded, expected)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,8 @@ def test_latents_are_the_scaled_and_shifted_mode(model):
 )  # fmt: skip
 def test_other_autoencoders_give_latents(model, vae):
     model.attach_vae(vae())
-    assert model.protoleak.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 8, 8)
+    (encoded,) = model.protoleak.encode(torch.zeros(1, 3, 32, 32))
+    assert encoded.shape == (1, 4, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +70,11 @@ def test_vendors_autoencoders_in_every_precision(channels, settings, dtype, tmp_
     assert output.logits.dtype == output.embeddings.dtype == torch.float32
     exact = vae.float().encode(pixels).latent_dist.mode()
     expected = (exact - settings.get("shift_factor", 0)) * settings["scaling_factor"]
-    found = model.protoleak.encode(pixels)
+    (found,) = model.protoleak.encode(pixels)
     torch.testing.assert_close(found, expected)
     vae.to(dtype)
     tolerance = {torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
-    assert (model.protoleak.encode(pixels) - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (model.protoleak.encode(pixels)[0] - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_the_vae_is_frozen_and_no_part_of_the_networks_weights(model):
@@ -163,7 +165,7 @@ def test_the_open_set_scores_are_saved_with_the_checkpoint(scores, tmp_path):
 def test_a_detector_of_other_weights_is_refused_and_not_saved(fitted_model, tmp_path, caplog):
     fitted_model.save_pretrained(tmp_path / "first")
     with torch.no_grad():
-        fitted_model.protoleak.encoder.projection.weight += 0.1
+        fitted_model.protoleak.encoder.projections[0].weight += 0.1
     fitted_model.save_pretrained(tmp_path / "second")
     assert not (tmp_path / "second" / "density.pkl").exists()
     (tmp_path / "second" / "density.pkl").write_bytes((tmp_path / "first" / "density.pkl").read_bytes())

@@ -1,7 +1,7 @@
 import pytest
 from protoleak import ProtoLeakConfig
 
-from .conftest import tiny_config
+from .conftest import TEXTURE, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ from .conftest import tiny_config
         ("open_set_scores", {"embeddings": "svm"}),
         ("open_set_scores", {"embeddings": "knn"}),
         ("noise_seed", -1),
+        ("scales", []),
+        ("scales", [1, 1]),
+        ("scales", [0]),
+        ("scales", [9]),
+        ("scales", [1, 2]),  # not with pooling="mean"
+        ("patch_size", 0),
+        ("camera_alpha", 0),
     ],
 )
 def test_wrong_values_are_named(field, value):
@@ -37,8 +44,23 @@ def test_wrong_values_are_named(field, value):
         ProtoLeakConfig(**{field: value})
 
 
-def test_a_config_survives_saving(tmp_path):
-    config = tiny_config(alpha=0.01, pooling="statistics", timesteps=(0, 7))
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent_whitening", False),
+        ("patch_size", 3),  # 12 channels are no planes of nine places
+        ("open_set_scores", {"statistics": "kde"}),
+    ],
+)
+def test_what_texture_needs_is_named(field, value):
+    ProtoLeakConfig(**TEXTURE)
+    with pytest.raises(ValueError, match=field):
+        ProtoLeakConfig(**TEXTURE | {field: value})
+
+
+@pytest.mark.parametrize("overrides", [{"pooling": "statistics", "timesteps": (0, 7)}, TEXTURE])
+def test_a_config_survives_saving(overrides, tmp_path):
+    config = tiny_config(alpha=0.01, **overrides)
     config.save_pretrained(tmp_path)
     assert ProtoLeakConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 

@@ -31,7 +31,7 @@ def stacked(dataset) -> torch.Tensor:
 def test_latents_are_cached_by_content_processor_and_vae(encoder, rows, monkeypatch):
     first = stacked(encoder.encode(rows))
     pixels = encoder.processor([rows[5]["image"]["path"]])["pixel_values"]
-    direct = encoder.model.protoleak.encode(pixels)
+    (direct,) = encoder.model.protoleak.encode(pixels)
     torch.testing.assert_close(first[5:6].float(), direct, atol=2e-3, rtol=1e-3)  # on disk in float16
     key = encoder.content_key(rows)
     monkeypatch.setattr(encoder.model.protoleak, "encode", None)  # encoding again would fail
@@ -61,7 +61,7 @@ def test_views_turn_mirror_and_process_the_pixels(encoder, rows):
     expected = {View(1): pixels.flip(-1), View(2): pixels.rot90(1, (-2, -1))}
     expected[View(5)] = pixels.rot90(2, (-2, -1)).flip(-1)
     for view, turned in expected.items():
-        direct = encoder.model.protoleak.encode(turned)[0]
+        (direct,) = encoder.model.protoleak.encode(turned)[0]
         torch.testing.assert_close(encoded[view][0][0].float(), direct, atol=2e-3, rtol=1e-3)
     assert len({tuple(stacked(part).flatten().tolist()) for part in encoded.values()}) == len(views)
 

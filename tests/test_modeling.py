@@ -14,7 +14,6 @@ from protoleak.modeling_protoleak import (
 )
 from safetensors.torch import load_file, save_file
 
-from . import ROOT
 from .conftest import tiny_config, tiny_model, tiny_vae
 
 
@@ -148,10 +147,17 @@ def test_any_backbone_with_either_pooling(backbone, pooling):
 
 
 def test_wrong_input_is_named(model):
-    with pytest.raises(ValueError, match="either pixel_values or latents"):
+    one = "pass one of pixel_values, latents and features"
+    with pytest.raises(ValueError, match=one):
         model()
-    with pytest.raises(ValueError, match="either pixel_values or latents"):
+    with pytest.raises(ValueError, match=one):
         model(pixel_values=torch.zeros(1, 3, 32, 32), latents=latents())
+    with pytest.raises(ValueError, match=one):
+        model(latents=latents(), features=model(latents=latents()).features)
+    with pytest.raises(ValueError, match=r"got shapes \[\(3, 4, 8, 8\), \(3, 4, 8, 8\)\]"):
+        model(latents=[latents(), latents()])
+    with pytest.raises(ValueError, match=r"got shapes \[\(4, 8, 8\)\]"):
+        model(latents=latents()[0])
     with pytest.raises(ValueError, match="latent_channels = 16"):
         model.attach_vae(tiny_vae(16))
     with pytest.raises(ValueError, match="attach_vae"):
@@ -292,7 +298,7 @@ def test_weights_are_initialised_and_by_the_seed_alone(pooling):
         assert torch.equal(value, second.state_dict()[name]), name
     assert first.head.prototypes.std().item() == pytest.approx(0.5, rel=0.2)
     assert 0 < first.protoleak.attention.query.std() < 0.05
-    assert (first.protoleak.encoder.projection.bias == 0).all()
+    assert (first.protoleak.encoder.projections[0].bias == 0).all()
 
 
 def test_weights_missing_from_a_checkpoint_are_initialised(fitted_model, tmp_path):
@@ -332,22 +338,24 @@ def test_a_head_of_another_size_can_be_asked_for(fitted_model, tmp_path, caplog)
     model = ProtoLeakForImageAttribution.from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
     assert model.head.prototypes.shape == (2, 3, 16)
     assert model.detector is None
-    kept = fitted_model.protoleak.encoder.projection.weight
-    assert torch.equal(model.protoleak.encoder.projection.weight, kept)
+    kept = fitted_model.protoleak.encoder.projections[0].weight
+    assert torch.equal(model.protoleak.encoder.projections[0].weight, kept)
 
 
-# --- the bundled checkpoint ---------------------------------------------------------------------------------
+# --- a trained checkpoint -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_caching_latents_in_float16_errs_less_than_the_noise():
-    model = ProtoLeakForImageAttribution.from_pretrained(ROOT)
-    processor = ProtoLeakImageProcessor.from_pretrained(ROOT)
-    latents = model.protoleak.encode(processor(sorted((ROOT / "examples").glob("*.png")))["pixel_values"])
-    kept, whitened = latents.half().float(), model.protoleak.whitening
-    errors = (whitened(latents) - whitened(kept)).square().mean(dim=(0, 2, 3)).sqrt()  # of each component
+def test_caching_latents_in_float16_errs_less_than_the_noise(trained):
+    """Of LeakZoo's kind: of a model that takes latents."""
+    model = ProtoLeakForImageAttribution.from_pretrained(trained.checkpoint)
+    processor = ProtoLeakImageProcessor.from_pretrained(trained.checkpoint)
+    images = sorted((trained.folder / "test").rglob("*.png"))
+    (clean,) = model.protoleak.encode(processor(images)["pixel_values"])
+    cached, whiten = clean.half().float(), model.protoleak.whiten
+    errors = (whiten(clean) - whiten(cached)).square().mean(dim=(0, 2, 3)).sqrt()  # of each component
     noise = (1 - model.protoleak.alphas_cumprod()[1]).sqrt()
     assert errors.mean() < noise / 10
     assert errors.max() < noise / 5
-    probabilities = [model(latents=z).logits.softmax(dim=1) for z in (latents, kept)]
+    probabilities = [model(latents=z).logits.softmax(dim=1) for z in (clean, cached)]
     assert (probabilities[0] - probabilities[1]).abs().max() < 0.02

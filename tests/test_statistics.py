@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from protoleak.statistics_protoleak import (
-    SHRINKAGES,
     LatentWhitening,
     fit_discriminant,
     grid_statistics,
@@ -13,7 +12,7 @@ from protoleak.statistics_protoleak import (
 )
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from .conftest import tiny_model
+from .conftest import TEXTURE, tiny_model
 from .test_modeling import latents
 
 
@@ -87,59 +86,102 @@ def samples():
     return draws[0], labels, draws[1], labels
 
 
-def test_the_discriminant_is_scikit_learns_of_classes_that_count_alike(samples):
-    features, labels, held_out, targets = samples
-    found = fit_discriminant(features, labels, held_out, targets, num_labels=3, max_axes=16)
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_discriminant_is_scikit_learns_of_classes_that_count_alike(samples, place):
+    features, labels, _, _ = samples
+    shrinkage = (0.05, 0.4)[place]
+    found = fit_discriminant(features, labels, 3, (0.05, 0.4), max_axes=16)[place]
     assert found.projection.shape == (6, 2)
-    assert found.shrinkage in SHRINKAGES
     repeats = torch.tensor([1, 3, 6])[labels]  # of a class, so that all have 60 samples
     even, of_even = features.repeat_interleave(repeats, dim=0), labels.repeat_interleave(repeats)
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=found.shrinkage)
-    theirs.fit(even.double().numpy(), of_even.numpy())
+    target = np.eye(6) * even_covariance(even, of_even).trace() / 6
+    within = (1 - shrinkage) * even_covariance(even, of_even) + shrinkage * target
     ours, means = found.projection.numpy(), found.means.numpy()
-    within = ours.T @ theirs.covariance_ @ ours  # of a class: a scale, squared, times the identity
-    np.testing.assert_allclose(within, within[0, 0] * np.eye(2), atol=1e-4 * within[0, 0])
-    expected = (theirs.coef_ - theirs.coef_.mean(axis=0)) * within[0, 0]
+    np.testing.assert_allclose(ours.T @ within @ ours, np.eye(2), atol=1e-4)  # of a class: the identity
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Fixed(within))
+    theirs.fit(even.double().numpy(), of_even.numpy())
+    expected = theirs.coef_ - theirs.coef_.mean(axis=0)
     np.testing.assert_allclose(means @ ours.T, expected, atol=1e-4 * np.abs(expected).max())
     projected = (theirs.means_ - found.centre.numpy()) @ ours
     np.testing.assert_allclose(means, projected, atol=1e-4 * np.abs(means).max())
 
 
-def test_the_discriminants_loss_is_that_of_held_out_features(samples):
-    features, labels, held_out, targets = samples
-    found = fit_discriminant(features, labels, held_out, targets, num_labels=3, max_axes=16)
-    projected = (held_out.double() - found.centre) @ found.projection
-    logits = -(projected[:, None] - found.means).square().sum(dim=2) / 2
-    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item())
-    assert found.loss < np.log(3) / 2
-    one = fit_discriminant(features, labels, held_out, targets, num_labels=3, max_axes=1)
+def even_covariance(features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """Within classes of one size, (F, F)."""
+    return np.mean([np.cov(features[labels == k].double().numpy().T, bias=True) for k in range(3)], axis=0)
+
+
+class Fixed:
+    """A covariance estimator of scikit-learn that has estimated."""
+
+    def __init__(self, covariance: np.ndarray):
+        self.covariance_ = covariance
+
+    def fit(self, features: np.ndarray) -> "Fixed":
+        return self
+
+
+def test_squared_distances_are_mahalanobis(samples):
+    """To the classes' means, where all axes are there; fewer axes see less of them."""
+    features, labels, held_out, _ = samples
+    found, one = (fit_discriminant(features, labels, 3, (0.1,), max_axes=axes)[0] for axes in (16, 1))
+    means = torch.stack([features[labels == k].mean(dim=0) for k in range(3)]).double()
+    within = sum(np.cov(features[labels == k].double().numpy().T, bias=True) / 3 for k in range(3))
+    within = 0.9 * within + 0.1 * np.eye(6) * within.trace() / 6
+    differences = (held_out.double()[:, None] - means).numpy()
+    expected = np.einsum("nki,ij,nkj->nk", differences, np.linalg.inv(within), differences)
+    distances = found.squared_distances(held_out).numpy()
+    between = lambda d: d - d[:, :1]  # noqa: E731 (what lies across all axes is the same for all classes)
+    np.testing.assert_allclose(between(distances), between(expected), atol=1e-3 * expected.max())
     assert one.projection.shape == (6, 1)
-    assert one.loss >= found.loss
+    assert (one.squared_distances(held_out) <= found.squared_distances(held_out) + 1e-9).all()
 
 
-def test_a_class_without_samples_is_named(samples):
-    features, labels, held_out, targets = samples
-    with pytest.raises(ValueError, match=r"counts \[60, 20, 10, 0\]"):
-        fit_discriminant(features, labels, held_out, targets, num_labels=4, max_axes=16)
+def test_a_class_without_samples_is_infinitely_far_and_no_network_begins_with_it(samples):
+    features, labels, held_out, _ = samples
+    (found,) = fit_discriminant(features, labels * 2, 5, (0.1,), max_axes=16)  # classes 0, 2 and 4
+    distances = found.squared_distances(held_out)
+    assert distances[:, [1, 3]].isinf().all()
+    (without,) = fit_discriminant(features, labels, 3, (0.1,), max_axes=16)
+    torch.testing.assert_close(distances[:, [0, 2, 4]], without.squared_distances(held_out))
+    model = tiny_model(id2label={k: str(k) for k in range(5)}, label2id={str(k): k for k in range(5)})
+    with pytest.raises(ValueError, match=r"none of classes \[1, 3\]"):
+        model.initialise_as_discriminant([found], [1.0])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "statistics"])
-def test_a_network_begins_as_the_discriminant_of_its_features(pooling):
-    model = tiny_model(pooling=pooling, timesteps=[0])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"pooling": "statistics"}, TEXTURE], ids=["mean", "statistics", "texture"]
+)
+def test_a_network_begins_as_the_discriminants_of_its_features(overrides):
+    """One a family, each in dimensions of its own, over all scales together."""
+    model = tiny_model(**{"timesteps": [0, 20], **overrides})
     labels = torch.arange(90) % 3
-    tint = torch.randn(3, 4, 1, 1, generator=torch.Generator().manual_seed(1))
-    z = latents(90) + 2 * tint[labels]
+    rng = torch.Generator().manual_seed(1)
+    channels, scales = model.config.latent_channels, model.config.scales
+    tint = torch.randn(3, channels, 1, 1, generator=rng)
+    z = [
+        torch.randn(90, channels, 16 // s, 16 // s, generator=rng) * (1 + labels.view(-1, 1, 1, 1))
+        + 2 * tint[labels]
+        for s in scales
+    ]
+    torch.nn.init.zeros_(model.protoleak.attention.query)
+    encoder = model.protoleak.encoder
+    pooled = model(latents=z).features.mean(dim=2)
+    encoder.fit_norm(pooled)
+    families, factors = encoder.family_features(pooled), [0.5, 0.25][: len(encoder.families)]
+    found = [fit_discriminant(family, labels, 3, (0.1,), 8)[0] for family in families]
+    model.initialise_as_discriminant(found, factors)
     with torch.no_grad():
-        pooled = model.protoleak.encoder.pool(model.protoleak.simulate(z).flatten(0, 1))[0]
-        start = model.initialise_as_discriminant(pooled, labels, pooled, labels)
         output = model(latents=z)
-    assert set(start) == {"shrinkage", "loss"}
     assert (output.logits.argmax(dim=1) == labels).all()
     torch.testing.assert_close(output.gates, torch.full_like(output.gates, 0.5))
-    normalised, _ = model.protoleak.encoder.normalise(pooled, pooled)
-    found = fit_discriminant(normalised, labels, normalised, labels, 3, 16)
-    expected = (normalised.double() - found.centre) @ found.projection
-    torch.testing.assert_close(output.embeddings[:, :2].double(), expected, atol=1e-4, rtol=1e-3)
-    assert not output.embeddings[:, 2:].any(), "further dimensions begin empty"
-    if pooling == "statistics":
-        torch.testing.assert_close(normalised.mean(dim=0), torch.zeros_like(normalised[0]), atol=1e-4, rtol=0)
+    parts = [
+        ((x.double() - d.centre) @ d.projection) * s for d, x, s in zip(found, families, factors, strict=True)
+    ]
+    expected = torch.cat(parts, dim=1)
+    used = 2 * len(families)
+    torch.testing.assert_close(output.embeddings[:, :used].double(), expected, atol=1e-3, rtol=1e-3)
+    assert not output.embeddings[:, used:].any(), "further dimensions begin empty"
+    if model.config.pooling != "mean":
+        normalised = torch.cat(families, dim=1)
+        torch.testing.assert_close(normalised.mean(dim=0), torch.zeros_like(normalised[0]), atol=1e-3, rtol=0)

@@ -89,14 +89,13 @@ def test_a_new_network_begins_as_scikit_learns_discriminant():
     tint = torch.randn(3, 4, 1, 1, generator=rng)
     data = InMemory(torch.randn(90, 4, 8, 8, generator=rng) + tint[labels], labels)
     model = tiny_model(pooling="statistics", timesteps=[0])
-    start = begin_as_discriminant(model, RandomView([data]), data)
+    settings = begin_as_discriminant(model, RandomView([data]), data)
     model.eval()
-    encoder = model.protoleak.encoder
     with torch.no_grad():
         output = model(latents=data.tensors[0])
-        features = encoder.norm(encoder.pool(model.protoleak.simulate(data.tensors[0]).flatten(0, 1))[0])
+        (features,) = model.protoleak.encoder.family_features(output.features.mean(dim=2))
     assert (output.logits.argmax(dim=1) == labels).all()
-    theirs = LinearDiscriminantAnalysis(solver="eigen", shrinkage=start["shrinkage"])
+    theirs = LinearDiscriminantAnalysis(solver="eigen", shrinkage=settings.shrinkages[0])
     axes = theirs.fit(features.numpy(), labels.numpy()).transform(features.numpy())
     ours = output.embeddings[:, :2].numpy()
     # the same plane, whatever its axes: each of ours is a linear map of theirs

@@ -10,12 +10,13 @@ from torch import nn
 from ..files_protoleak import write_whole
 
 PARTS = ("network", "whole")
+OUTPUTS = ("logits", "embeddings", "statistics")
 
 
 class Graph(nn.Module):
     """
-    A model up to its open-set verdict, with one input, `pixel_values` or `latents`: logits, embeddings and
-    statistics.
+    A model up to its open-set verdict, with one input, `pixel_values`, `latents` or `features`: of `OUTPUTS`
+    those that the model has.
     """
 
     def __init__(self, model: Any, name: str):
@@ -23,9 +24,9 @@ class Graph(nn.Module):
         self.model, self.name = model, name
         self.vae = model.vae  # of which the model is not the owner
 
-    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self.model.classify(**{self.name: inputs})
-        return output.logits, output.embeddings, output.statistics
+        return tuple(output[name] for name in OUTPUTS if output.get(name) is not None)
 
 
 def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole") -> Path:
@@ -39,29 +40,34 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
         crop_size (`int`): Side of the images in pixels, as the image processor makes them.
         path: Of the file.
         part (`str`): `"whole"`, from `pixel_values` (N, 3, S, S) on, or `"network"`, from `latents`
-            (N, C, H, W).
+            (N, C, H, W) or, with `pooling="texture"`, from pooled `features` (N, scales, timesteps, F).
 
     Raises:
-        ValueError: no such part.
+        ValueError: no such part, or the whole with `pooling="texture"`.
         ImportError: onnx and onnxscript are missing.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {PARTS}; got {part!r}")
+    if part == "whole" and model.takes_features:
+        raise ValueError(
+            'with pooling="texture" the whole can\'t be exported: the logarithms of covariances need '
+            "eigenvalues (torch.linalg.eigh), which ONNX has not. Export what comes after, from pooled "
+            "features on, by --part network"
+        )
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("exporting needs onnx and onnxscript; pip install 'protoleak[onnx]'") from error
     path, model = Path(path), model.eval()
-    pixels = torch.zeros(2, 3, crop_size, crop_size)
-    inputs = pixels if part == "whole" else model.protoleak.encode(pixels)
-    name = "pixel_values" if part == "whole" else "latents"
     with torch.no_grad():
-        model(**{name: inputs})  # draws the noise of evaluation for this size, which the graph then holds
+        name, inputs = _example(model, torch.zeros(2, 3, crop_size, crop_size), part)
+        example = model(**{name: inputs})  # draws this size's noise of evaluation, which the graph holds
+        outputs = [output for output in OUTPUTS if example.get(output) is not None]
         program = torch.onnx.export(
             Graph(model, name).eval(),
             (inputs,),
             input_names=[name],
-            output_names=["logits", "embeddings", "statistics"],
+            output_names=outputs,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             verbose=False,
@@ -71,3 +77,12 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
     facts = {"labels": model.config.label_names, "input": name, "shape": ["batch", *inputs.shape[1:]]}
     path.with_name(path.name + ".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _example(model: Any, pixel_values: torch.Tensor, part: str) -> tuple[str, torch.Tensor]:
+    """The name of a part's input, and what it is of some images."""
+    if part == "whole":
+        return "pixel_values", pixel_values
+    if model.takes_features:
+        return "features", model(pixel_values=pixel_values).features
+    return "latents", model.protoleak.encode(pixel_values)[0]

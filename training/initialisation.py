@@ -169,10 +169,7 @@ def pool_features(
             crops = [without_fillers(image) for image in inputs]
             inputs, counts = torch.cat(crops), torch.tensor([len(image) for image in crops])
             targets = targets.repeat_interleave(counts)
-        if model.takes_features:
-            pooled = inputs.float()
-        else:
-            pooled = model.protoleak.describe([inputs])["features"]
+        pooled = inputs.float() if model.takes_features else model.protoleak.describe([inputs])["features"]
         features.append(pooled.mean(dim=2).cpu())
         labels.append(targets)
     return torch.cat(features), torch.cat(labels)
