@@ -165,7 +165,7 @@ def pool_features(
     """
     features, labels = [], []
     for inputs, targets in DataLoader(images, 64):
-        if inputs.ndim == 5 and not average_crops and not model.takes_features:
+        if inputs.ndim == 5 and not average_crops:
             crops = [without_fillers(image) for image in inputs]
             inputs, counts = torch.cat(crops), torch.tensor([len(image) for image in crops])
             targets = targets.repeat_interleave(counts)

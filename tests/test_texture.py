@@ -1,0 +1,185 @@
+"""Statistics of texture against counts one by one, and against SciPy."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from protoleak.texture_protoleak import (
+    NUM_COOCCURRENCES,
+    NUM_PATTERNS,
+    RESIDUALS,
+    RIDGE,
+    PrincipalPlane,
+    cooccurrences,
+    log_covariance,
+    num_log_covariances,
+)
+
+from .conftest import TEXTURE, tiny_model
+from .test_modeling import latents
+
+# --- co-occurrences -----------------------------------------------------------------------------------------
+
+
+def canonical(run: tuple[int, ...]) -> tuple[int, ...]:
+    """The first of a run, its mirror image, its negative and the mirror image of that."""
+    negative = tuple(-level for level in run)
+    return min(run, run[::-1], negative, negative[::-1])
+
+
+PATTERNS = sorted({canonical(run) for run in itertools.product(range(-2, 3), repeat=4)})
+
+
+def first(plane: np.ndarray) -> np.ndarray:
+    return np.array([[row[j + 1] - row[j] for j in range(len(row) - 1)] for row in plane])
+
+
+def second(plane: np.ndarray) -> np.ndarray:
+    return np.array(
+        [[(row[j - 1] + row[j + 1]) / 2 - row[j] for j in range(1, len(row) - 1)] for row in plane]
+    )
+
+
+def laplace(plane: np.ndarray) -> np.ndarray:
+    height, width = plane.shape
+    around = lambda i, j: plane[i - 1, j] + plane[i + 1, j] + plane[i, j - 1] + plane[i, j + 1]  # noqa: E731
+    return np.array(
+        [[around(i, j) / 4 - plane[i, j] for j in range(1, width - 1)] for i in range(1, height - 1)]
+    )
+
+
+KERNELS = [(first, (1 / 8, 1 / 4)), (second, (1 / 16, 1 / 8, 1 / 4)), (laplace, (1 / 8,))]
+
+
+def counted(plane: np.ndarray) -> list[float]:
+    """What [`cooccurrences`] gives, run by run."""
+    described = []
+    for residual, steps in KERNELS:
+        for step in steps:
+            runs = Counter()
+            for turned in (plane, plane.T):
+                levels = [[max(-2, min(2, round(x / step))) for x in row] for row in residual(turned)]
+                lines = levels + [list(column) for column in zip(*levels, strict=True)]
+                runs.update(canonical(tuple(line[i : i + 4])) for line in lines for i in range(len(line) - 3))
+            described += [(runs[pattern] / runs.total()) ** 0.5 for pattern in PATTERNS]
+    return described
+
+
+def planes(count: int, height: int = 9, width: int = 7) -> torch.Tensor:
+    """Noise whose residuals take all levels."""
+    return torch.randn(count, height, width, generator=torch.Generator().manual_seed(0)) * 0.3
+
+
+def test_there_are_169_patterns():
+    """625 runs, of which 25 are their own mirror images, 25 their own negatives' and one its own negative."""
+    assert NUM_PATTERNS == len(PATTERNS) == (625 + 25 + 25 + 1) // 4 == 169
+    assert NUM_COOCCURRENCES == 6 * 169
+    assert [steps for _, steps in RESIDUALS] == [steps for _, steps in KERNELS]
+
+
+def test_cooccurrences_are_those_counted_one_by_one():
+    images = planes(3)
+    described = cooccurrences(images)
+    assert described.shape == (3, NUM_COOCCURRENCES)
+    for row, image in zip(described, images.double().numpy(), strict=True):
+        np.testing.assert_allclose(row, counted(image), atol=1e-6)
+    torch.testing.assert_close(described.view(3, 6, 169).square().sum(dim=2), torch.ones(3, 6))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("quarters", range(4))
+def test_a_turned_or_mirrored_image_has_the_same_cooccurrences(quarters, mirror):
+    images = planes(2)
+    turned = images.rot90(quarters, (1, 2))
+    turned = turned.flip(2) if mirror else turned
+    torch.testing.assert_close(cooccurrences(turned), cooccurrences(images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cooccurrences(-turned), cooccurrences(images), atol=1e-6, rtol=0)
+
+
+def test_shuffled_pixels_have_other_cooccurrences():
+    """It is their neighbourhood that counts."""
+    smooth = torch.nn.functional.avg_pool2d(planes(1, 34, 34), 3, 1)
+    shuffled = smooth.flatten()[torch.randperm(smooth.numel())].view_as(smooth)
+    assert (cooccurrences(smooth) - cooccurrences(shuffled)).norm() > 0.3
+
+
+def test_flat_images_are_one_pattern():
+    described = cooccurrences(torch.full((1, 8, 8), 3.7)).view(6, 169)
+    assert (described == 1).sum(dim=1).tolist() == [1] * 6
+    assert described.argmax(dim=1).tolist() == [PATTERNS.index((0, 0, 0, 0))] * 6
+
+
+# --- log covariances ----------------------------------------------------------------------------------------
+
+
+def test_the_log_covariance_is_scipys():
+    images = latents(2, 3, 6) * torch.tensor([1, 0.1, 3]).view(3, 1, 1)
+    described = log_covariance(images)
+    assert described.shape == (2, num_log_covariances(3)) == (2, 78)
+    for row, image in zip(described, images.double().numpy(), strict=True):
+        squares = [image[:, i : i + 2, j : j + 2].flatten() for i in range(5) for j in range(5)]
+        covariance = np.cov(np.array(squares).T, bias=True)
+        expected = scipy.linalg.logm(covariance + RIDGE * np.eye(12))
+        weights = np.where(np.eye(12), 1, np.sqrt(2))
+        np.testing.assert_allclose(row, (expected * weights)[np.triu_indices(12)], atol=1e-3)
+        assert np.linalg.norm(row) == pytest.approx(np.linalg.norm(expected), rel=1e-4)
+
+
+def test_a_ratio_of_variances_is_a_difference_of_log_covariances():
+    images = latents(1, 2, 64)
+    difference = log_covariance(images * 3) - log_covariance(images)
+    identity = torch.eye(8)[tuple(torch.triu_indices(8, 8))]
+    torch.testing.assert_close(difference[0], np.log(9) * identity, atol=0.01, rtol=0)
+
+
+def test_flat_latents_have_a_finite_log_covariance():
+    described = log_covariance(torch.full((1, 2, 8, 8), 5.0))
+    identity = torch.eye(8)[tuple(torch.triu_indices(8, 8))]
+    torch.testing.assert_close(described[0], np.log(RIDGE) * identity, atol=1e-3, rtol=0)
+
+
+# --- the plane ----------------------------------------------------------------------------------------------
+
+
+def photos(count: int, seed: int) -> torch.Tensor:
+    """Smooth grey pictures with some colour and grain: pixels (N, 3, 32, 32) in [-1, 1]"""
+    rng = torch.Generator().manual_seed(seed)
+    grey = torch.nn.functional.interpolate(torch.randn(count, 1, 4, 4, generator=rng), size=32)
+    grain = torch.randn(count, 3, 32, 32, generator=rng) * torch.tensor([0.1, 0.05, 0.2]).view(3, 1, 1)
+    return (0.3 * grey * torch.tensor([0.9, 1.0, 0.7]).view(3, 1, 1) + 0.5 * grain + 0.1).clamp(-1, 1)
+
+
+@torch.no_grad()
+def test_the_plane_of_a_patch_autoencoder_is_the_luminance():
+    """One mixture of red, green and blue at every pixel of every image, in units of its deviation."""
+    model = tiny_model(**TEXTURE).protoleak
+    seen, new = photos(40, seed=0), photos(10, seed=1)
+    model.fit_whitening(model.encode(part)[0] for part in seen.split(8))
+    read = [model.encoder.plane(model.whiten(model.encode(pixels)[0])) for pixels in (seen, new)]
+    assert read[0].shape == (40, 32, 32)
+    colours = [pixels.transpose(0, 1).flatten(1).double().numpy() for pixels in (seen, new)]
+    mixture = np.linalg.lstsq(colours[0].T, read[0].flatten().double().numpy(), rcond=None)[0]
+    for plane, colour in zip(read, colours, strict=True):
+        np.testing.assert_allclose(plane.flatten(), mixture @ colour, atol=1e-3)
+    assert (mixture > 0).all()
+    assert read[0].std().item() == pytest.approx(1, abs=0.02)
+    variances, vectors = np.linalg.eigh(np.cov(colours[0]))
+    principal = vectors[:, -1] * np.sign(vectors[:, -1].sum()) / np.sqrt(variances[-1])
+    np.testing.assert_allclose(mixture, principal, rtol=0.02)
+
+
+def test_opposite_planes_of_one_variance_still_have_a_plane():
+    """Whose mixture sums to zero."""
+    plane, covariance = PrincipalPlane(2, 1), torch.tensor([[1, -0.9], [-0.9, 1]]).double()
+    plane.fit(torch.zeros(2).double(), covariance, torch.eye(2).double())
+    expected = torch.full((2,), 0.5**0.5 / 1.9**0.5)
+    torch.testing.assert_close(plane.readout[0].abs(), expected)
+    assert plane.readout[0].prod() < 0
+
+
+def test_a_plane_is_laid_out_as_patches_were():
+    plane, pixels = PrincipalPlane(4, 2), torch.randn(2, 1, 6, 8)
+    assert torch.equal(plane(torch.nn.functional.pixel_unshuffle(pixels, 2)), pixels[:, 0])
