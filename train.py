@@ -141,11 +141,11 @@ def summarise(
 ) -> dict[str, Any]:  # fmt: skip
     """All metrics of the finished model on test, cross and unknown images, and the history of the run."""
     names = splits["unknown"]["label"] if "unknown" in splits else None
-    options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples}
+    options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples, "unknown": None}
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": max(0, len(history) - 1),
-        **evaluate_model(model, **data.evaluated, accelerator=accelerator, **options).to_dict(),
+        **evaluate_model(model, accelerator=accelerator, **options | data.evaluated).to_dict(),
         "history": history,
     }
 

@@ -100,7 +100,7 @@ def draw_samples(views: int = 1, seed: int = 0) -> tuple[Samples, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels, sources = np.repeat(np.arange(3), 30), np.tile(np.repeat(np.arange(5), 6), 3)
     families = []
-    for size, signal in ((12, 1.5), (30, 0.7)):
+    for size, signal in ((12, 0.5), (30, 0.3)):
         centres, shifts = rng.normal(size=(3, size)) * signal, rng.normal(size=(3, 5, size)) * 0.5
         spread = rng.uniform(0.2, 1.5, size)
         draws = [

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from protoleak import ProtoLeakImageProcessor
 from protoleak.evaluation.splits import load_splits
+from protoleak.training.initialisation import pool_features
 from protoleak.training.latents import LatentCache, View
 from protoleak.training.views import RandomView, ViewsInTurn, training_views
 
-from .conftest import draw, tiny_model
+from .conftest import TEXTURE, draw, tiny_model
 
 
 @pytest.fixture
@@ -122,3 +124,71 @@ def test_views_are_drawn_in_training_and_taken_in_turn_by_the_detector(encoder, 
     assert sum(counts) == 60
     turn = ViewsInTurn(parts[2:])
     assert [torch.equal(turn[i][0], parts[2 + i % 2][i][0]) for i in range(48)] == [True] * 48
+
+
+# --- of a network that takes features -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooler(tmp_path) -> LatentCache:
+    """Of a network as training begins with it: in training, and of several crops an image."""
+    processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=9)
+    encoder = LatentCache(tiny_model(**TEXTURE).train(), processor, Accelerator())
+    encoder.folder = tmp_path / "features"
+    return encoder
+
+
+def test_features_are_cached_as_a_verdict_pools_them(pooler, rows):
+    """With the noise of evaluation, though the network is in training, and filled-up crops passed over."""
+    cached = pooler.encode(rows.select(range(5)))
+    assert pooler.model.training
+    pixels = pooler.processor([row["image"]["path"] for row in rows.select(range(5))])["pixel_values"]
+    direct = pooler.model.eval()(pixels).features
+    assert cached.shape == direct.shape[1:]
+    torch.testing.assert_close(stacked(cached).float(), direct, atol=5e-3, rtol=2e-3)
+    other = pooler.model.protoleak
+    other.set_noise_seed(1)
+    assert (pooler.model(pixels).features - direct).abs().max() > 0.02, "other noise would have shown"
+
+
+def test_features_are_cached_by_all_that_they_are_made_with(pooler, rows):
+    model = pooler.model
+    keys = {pooler.content_key(rows)}
+    changes = {"noise_seed": 1, "timesteps": [0, 30], "scales": [1], "sigma_normalization": True}
+    changes |= {"contrast_normalization": True, "patch_size": 1, "beta_end": 0.02}
+    for name, value in changes.items():
+        before = getattr(model.config, name)
+        setattr(model.config, name, value)
+        keys.add(pooler.content_key(rows))
+        setattr(model.config, name, before)
+    assert pooler.content_key(rows) in keys
+    for module in (model.protoleak.whitening, model.protoleak.encoder.plane):
+        for buffer in module.buffers():
+            buffer += 0.1
+            keys.add(pooler.content_key(rows))
+    assert len(keys) == 1 + len(changes) + 4
+    with torch.no_grad():
+        model.head.prototypes += 1
+        model.protoleak.encoder.projections[0].weight += 1
+    assert pooler.content_key(rows) in keys, "what is learned comes after"
+
+
+def test_crops_that_fill_up_are_neither_drawn_nor_pooled(encoder, tmp_path):
+    """Whatever the VAE's padding makes of them."""
+    rng = np.random.default_rng(0)
+    for label, side in (("real", 16), ("a", 40)):
+        target = tmp_path / "two/Closed_Set" / label
+        target.mkdir(parents=True)
+        for i in range(10):
+            noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(target / f"{i}.png")
+    rows = load_splits(str(tmp_path / "two"))["train"]
+    encoder.processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=9)
+    encoded = encoder.encode(rows)
+    small = [i for i, name in enumerate(rows["label"]) if name == "real"]
+    drawn = [RandomView([encoded])[small[0]][0] for _ in range(40)]
+    assert all(torch.equal(crop, encoded[small[0]][0][0]) for crop in drawn)
+    pooled, labels = pool_features(encoder.model.eval(), encoded, average_crops=False)
+    counts = [1 if name == "real" else 9 for name in rows["label"]]
+    assert len(pooled) == sum(counts)
+    assert labels.tolist() == np.repeat(encoded.labels.numpy(), counts).tolist()

@@ -8,13 +8,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
+from protoleak.encoder_protoleak import LeakEncoder
 from protoleak.modeling_protoleak import (
     PrototypeHead,
     forward_diffusion,
 )
+from protoleak.statistics_protoleak import evidence
 from safetensors.torch import load_file, save_file
 
-from .conftest import tiny_config, tiny_model, tiny_vae
+from .conftest import TEXTURE, fit_random_detector, tiny_config, tiny_model, tiny_vae
 
 
 def latents(count: int = 3, channels: int = 4, size: int = 8, seed: int = 0) -> torch.Tensor:
@@ -118,13 +120,155 @@ def test_time_dropout_drops_whole_timesteps_but_never_all():
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(200))
 
 
-def test_several_crops_average_their_embeddings(model):
-    views = latents(6).view(2, 3, 4, 8, 8)
+# --- several crops ------------------------------------------------------------------------------------------
+
+NINE = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=9)
+
+
+def texture_model() -> ProtoLeakForImageAttribution:
+    """Of the root's kind: it sees pixels as they are."""
+    return begun(tiny_model(**TEXTURE))
+
+
+def statistics_model() -> ProtoLeakForImageAttribution:
+    """Of LeakZoo's kind: its VAE pads, so that the latents of one colour are not flat."""
+    return begun(tiny_model(pooling="statistics", latent_whitening=True))
+
+
+@torch.no_grad()
+def begun(model: ProtoLeakForImageAttribution) -> ProtoLeakForImageAttribution:
+    """With features in units of their deviation, and a detector."""
+    noise = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
+    model.protoleak.fit_whitening([model.protoleak.encode(noise)[0]])
+    model.protoleak.encoder.fit_norm(model(noise).features.mean(dim=2))
+    fit_random_detector(model)
+    model.detector.temperature_ = 1.0  # random embeddings would ask for logits of nearly zero
+    return model
+
+
+def picture(seed: int = 0, side: int = 96) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def test_several_crops_average_their_features(model):
+    views = latents(6).view(2, 3, 4, 8, 8) * torch.tensor([1, 1, 0.04]).view(3, 1, 1, 1)
     together = model(latents=views)
-    alone = model(latents=views.flatten(0, 1)).embeddings.view(2, 3, -1)
-    torch.testing.assert_close(together.embeddings, alone.mean(dim=1))
+    alone = model(latents=views.flatten(0, 1))
+    deviations = views.var(dim=(3, 4), correction=0).mean(dim=2).sqrt()
+    weights = (deviations / 0.1).clamp_max(1)
+    assert (weights[:, 2] < 0.6).all()
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(together.crop_weights, weights)
+    torch.testing.assert_close(together.crop_features.flatten(0, 1), alone.features)
+    torch.testing.assert_close(together.crop_logits.flatten(0, 1), alone.logits)
+    features = (weights[..., None, None, None] * together.crop_features).sum(dim=1)
+    torch.testing.assert_close(together.features, features)
+    torch.testing.assert_close(together.logits, model(features=features).logits)
     noisy = model(pixel_values=torch.zeros(2, 3, 3, 32, 32), output_noisy_latents=True).noisy_latents
     assert noisy.shape == (2, 3, 3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("make", [texture_model, statistics_model])
+def test_all_of_an_image_counts(make):
+    """Painting over everything but the middle crop changes the verdict, and what each crop but it says."""
+    model, image = make(), picture()
+    painted = np.full_like(image, (255, 0, 255))
+    grained = picture(seed=1) // 2
+    painted[32:64, 32:64] = grained[32:64, 32:64] = image[32:64, 32:64]
+    before, magenta, grain = (model(NINE([part])["pixel_values"]) for part in (image, painted, grained))
+    alone = model(NINE([image[32:64, 32:64]])["pixel_values"])
+    for after in (magenta, grain):
+        torch.testing.assert_close(after.crop_logits[:, 4], before.crop_logits[:, 4], atol=1e-4, rtol=1e-4)
+        differences = (after.crop_logits - before.crop_logits).abs().amax(dim=2)[0]
+        assert (differences[[0, 1, 2, 3, 5, 6, 7, 8]] > 1e-3).all()
+        assert (after.logits - before.logits).abs().max() > 1e-3
+        assert abs(after.open_set_score - before.open_set_score) > 1e-3
+    assert magenta.crop_weights[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+    for name in ("features", "logits", "open_set_score", "p_values", "class_p_values"):
+        torch.testing.assert_close(magenta[name], alone[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [texture_model, statistics_model])
+@pytest.mark.parametrize("kind", ["one crop", "six crops", "one colour", "two colours"])
+def test_what_fills_a_batch_up_counts_nothing(make, kind):
+    """An image gives the same alone and beside one of more crops."""
+    model = make()
+    image = {
+        "one crop": picture(side=32),
+        "six crops": picture()[:64],
+        "one colour": np.full((32, 32, 3), 90, dtype=np.uint8),
+        "two colours": np.repeat(np.uint8([10, 200]), 32 * 32 * 3).reshape(64, 32, 3),
+    }[kind]
+    alone = model(NINE([image])["pixel_values"])
+    beside = model(NINE([picture(seed=3), image])["pixel_values"])
+    own = alone.crop_weights.shape[1]
+    assert beside.crop_weights.shape == (2, 9)
+    torch.testing.assert_close(beside.crop_weights[1:, :own], alone.crop_weights)
+    assert (beside.crop_weights[1, own:] == 0).all()
+    for name in ("features", "embeddings", "logits", "open_set_score", "p_values", "class_p_values"):
+        torch.testing.assert_close(beside[name][1:], alone[name], atol=1e-4, rtol=1e-4)
+    assert beside.crop_logits.isfinite().all()
+
+
+def test_flat_crops_are_not_looked_at(monkeypatch):
+    model, image = texture_model(), picture()
+    image[:, :64] = 7
+    pool, looked_at = LeakEncoder.pool, []
+
+    def counted(encoder, latents):
+        looked_at.append(len(latents))
+        return pool(encoder, latents)
+
+    monkeypatch.setattr(LeakEncoder, "pool", counted)
+    output = model(NINE([image, picture(side=32)])["pixel_values"])
+    assert looked_at == [2 * (3 + 1)] * 2, "at two scales, crops at two timesteps: of 9 and 9 three and one"
+    torch.testing.assert_close(output.crop_weights[0], torch.tensor([0, 0, 1 / 3] * 3))
+
+
+def test_rounding_is_no_evidence():
+    shades = torch.full((1, 12, 16, 16), 0.3) * (1 + 1e-6 * torch.randn(1, 12, 16, 16))
+    assert evidence(shades).item() == 0
+    faint = shades.clone()
+    faint[0, 0, 0, 0] += 0.2  # one value of a patch
+    assert 0 < evidence(faint).item() < 0.1
+    assert evidence(torch.randn(1, 12, 16, 16)).item() == 1
+
+
+def test_features_can_be_given_in_the_place_of_latents():
+    model = texture_model()
+    output = model(NINE([picture()])["pixel_values"])
+    again = model(features=output.features)
+    for name in ("logits", "embeddings", "gates", "open_set_score", "p_values"):
+        torch.testing.assert_close(again[name], output[name])
+
+
+# --- several scales -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_scales_are_averages_of_squares_of_pixels_and_each_has_a_projection():
+    model = texture_model()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    first, second = model.protoleak.encode(pixels)
+    squares = pixels.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean(dim=(3, 5))
+    torch.testing.assert_close(first, torch.nn.functional.pixel_unshuffle(pixels, 2))
+    torch.testing.assert_close(second, torch.nn.functional.pixel_unshuffle(squares, 2))
+    before = model(pixels)
+    assert before.features.shape[1:3] == (2, 2)
+    assert before.temporal_weights.shape == (2, 4), "over scales and timesteps"
+    torch.testing.assert_close(model(latents=[first, second]).logits, before.logits)
+    alone = tiny_model(**TEXTURE | {"scales": [2]}).protoleak
+    for module in ("whitening", "plane"):
+        whole = model.protoleak.whitening if module == "whitening" else model.protoleak.encoder.plane
+        own = alone.whitening if module == "whitening" else alone.encoder.plane
+        own.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(alone(pixels).features[:, 0], before.features[:, 1])
+    encoder, features = model.protoleak.encoder, before.features
+    for scale in (0, 1):
+        projected = encoder(features).unflatten(1, (2, 2))[:, scale]
+        encoder.projections[scale].bias += 1
+        moved = encoder(features).unflatten(1, (2, 2))
+        torch.testing.assert_close(moved[:, scale], projected + 1)
 
 
 @pytest.mark.parametrize(
