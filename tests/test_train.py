@@ -8,11 +8,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
+from PIL import Image
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import evaluate_predictions
@@ -20,6 +22,7 @@ from protoleak.evaluation.splits import load_splits
 from protoleak.train import train
 from protoleak.training.initialisation import begin_as_discriminant, make_model
 from protoleak.training.latents import LatentCache
+from protoleak.training.patches import make_patch_autoencoder
 from protoleak.training.state import TrainingState
 from protoleak.training.views import RandomView, encode_splits
 from safetensors.torch import load_file
@@ -27,7 +30,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.utils.data import TensorDataset
 
 from . import ROOT
-from .conftest import arguments, draw, tiny_model, tiny_vae
+from .conftest import TEXTURE, TrainedRun, arguments, draw, tiny_config, tiny_model, tiny_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,6 +273,82 @@ def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
     again = evaluate_predictions(*made, model.config.label_names, resamples=2).metrics
     assert again["macro_auc"] == pytest.approx(metrics["macro_auc"], abs=1e-6)
     assert again["auroc"] == pytest.approx(metrics["auroc"], abs=1e-6)
+
+
+# --- images that tell their source --------------------------------------------------------------------------
+
+
+def draw_sources(target: Path) -> Path:
+    """
+    Two classes from four sources that are brighter or darker, and one from one of them: 48 training, 24
+    validation and 24 test images, 12 of other sources and 8 unknown ones.
+    """
+    rng, records = np.random.default_rng(0), {}
+    for split, size in {"train": 16, "validation": 8, "test": 8, "cross": 4, "unknown": 8}.items():
+        for generator in ("c",) if split == "unknown" else ("real", "a", "b"):
+            for i in range(size):
+                source = 10 + i % 2 if split in ("cross", "unknown") else i % (1 if generator == "b" else 4)
+                pixels = np.asarray(draw(generator, rng)) / 255.0
+                image = Image.fromarray((255 * pixels ** (0.8 + 0.1 * source)).astype(np.uint8))
+                row = {
+                    "image": image,
+                    "label": generator,
+                    "source": f"s{source}",
+                    "group": f"{split}{i // 2}",
+                }
+                records.setdefault(split, []).append(row)
+    target.mkdir()
+    for split, rows in records.items():
+        datasets.Dataset.from_list(rows).to_parquet(target / f"{split}.parquet")
+    return target
+
+
+@pytest.fixture(scope="session")
+def across_sources(tmp_path_factory, cache) -> TrainedRun:
+    """Trained once by a recipe of the root's kind; nothing may be changed in its folders."""
+    place = tmp_path_factory.mktemp("across_sources")
+    recipe, folder = place / "recipe", draw_sources(place / "data")
+    tiny_config(**TEXTURE, open_set_scores={"embeddings": "l2_kde"}).save_pretrained(recipe)
+    ProtoLeakImageProcessor(crop_size=24, do_resize=False, num_crops=4).save_pretrained(recipe)
+    make_patch_autoencoder().save_pretrained(recipe / "vae")
+    wanted = arguments(place, folder, recipe, orientations=1)
+    return TrainedRun(place / "run", folder, recipe, train(wanted))
+
+
+def test_images_with_sources_are_all_learned_from_and_left_out_in_turn(across_sources):
+    """Validation images too, and no epochs follow; what calibrates is all of them, by models without them."""
+    model, _ = load(across_sources.checkpoint)
+    detector = model.detector
+    assert across_sources.summary["epochs"] == 0
+    assert detector.held_out_ is None
+    assert len(detector.calibration_) == 48 + 24
+    assert len(detector.train_["labels"]) == 2 * (48 + 24), "with a post-processed view of each"
+    assert set(across_sources.summary["splits"]) == {"test", "cross"}
+    assert across_sources.summary["splits"]["test"]["metrics"]["macro_auc"] > 0.9
+    resubstituted = detector.open_set_score({"embeddings": detector.train_["embeddings"][:72]})
+    assert detector.calibration_.median() < np.median(resubstituted), (
+        "sources left out are less like the known"
+    )
+
+
+def test_a_checkpoint_gives_its_files_the_verdicts_that_its_metrics_are_of(across_sources):
+    """From pixels, as from the features that training cached."""
+    model, cache = load(across_sources.checkpoint)
+    rows = load_splits(str(across_sources.folder))["test"]
+    predictions = predict(model, cache.encode(rows), Accelerator())
+    metrics = across_sources.summary["splits"]["test"]["metrics"]
+    accuracy = (predictions.probabilities.argmax(1) == predictions.labels).mean()
+    assert accuracy == pytest.approx(metrics["accuracy"])
+    output = model.eval()(cache.processor([row["image"]["bytes"] for row in rows])["pixel_values"])
+    probabilities = output.logits.double().softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(predictions.probabilities, probabilities, atol=0.01)
+    np.testing.assert_allclose(predictions.open_set_score, output.open_set_score, atol=0.1)
+
+
+def test_without_sources_validation_images_are_held_out(trained):
+    model, _ = load(trained.checkpoint)
+    assert len(model.detector.held_out_["labels"]) == 48
+    assert len(trained.summary["history"]) == trained.summary["epochs"] + 1 > 1
 
 
 # --- from a checkpoint on -----------------------------------------------------------------------------------
