@@ -185,8 +185,9 @@ class LatentWhitening(nn.Module):
 
 def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """A covariance (F, F), drawn to a multiple of the identity, which is never zero."""
-    target = torch.full_like(covariance.diagonal(), covariance.diagonal().mean().clamp_min(1e-9))
-    return (1 - shrinkage) * covariance + shrinkage * target.diag()
+    drawn = covariance * (1 - shrinkage)
+    drawn.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-9))
+    return drawn
 
 
 @dataclass

@@ -308,7 +308,9 @@ def across_sources(tmp_path_factory, cache) -> TrainedRun:
     """Trained once by a recipe of the root's kind; nothing may be changed in its folders."""
     place = tmp_path_factory.mktemp("across_sources")
     recipe, folder = place / "recipe", draw_sources(place / "data")
-    tiny_config(**TEXTURE, open_set_scores={"embeddings": "l2_kde"}).save_pretrained(recipe)
+    tiny_config(**TEXTURE | {"scales": [1], "open_set_scores": {"embeddings": "l2_kde"}}).save_pretrained(
+        recipe
+    )
     ProtoLeakImageProcessor(crop_size=24, do_resize=False, num_crops=4).save_pretrained(recipe)
     make_patch_autoencoder().save_pretrained(recipe / "vae")
     wanted = arguments(place, folder, recipe, orientations=1)
