@@ -95,35 +95,37 @@ def fit_temperature(class_scores: torch.Tensor, labels: torch.Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
-def own_class_calibration(
+def relative(probabilities: torch.Tensor) -> torch.Tensor:
+    """Class probabilities (n, K) over that of the likeliest class: what p-values of classes compare."""
+    return probabilities / probabilities.amax(dim=1, keepdim=True)
+
+
+def calibrate_classes(
     probabilities: torch.Tensor,
     labels: torch.Tensor,
     num_sources: torch.Tensor | None = None,
     real: int | None = None,
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """
-    For each class the sorted probabilities of that class for its own images: what its p-value compares with.
+    What p-values of classes compare with: for each class the sorted [`relative`] probabilities of that class
+    for its own images; and the same of all images of generators with two sources or more, or `None` without
+    `num_sources`.
 
-    A generator of a single source shows nothing of how it varies from source to source, and its images could
-    only be left out in groups. It borrows: its calibration has the own-class probabilities of the generators
-    of two sources or more besides its own. Class `real` never lends or borrows.
+    A class shows little of how it varies from source to source if it has one source, whose images can only be
+    left out in groups, or two. So the p-value of a generator is the mean of that among its own images and of
+    that among the generators'. Class `real` has many sources, and its own images alone.
 
     Args:
         probabilities, labels: (n, K) and (n,).
-        num_sources (*optional*): (K,); without, no class borrows.
+        num_sources (*optional*): (K,).
         real (`int`, *optional*): The place of the class of photographs.
     """
-    own = probabilities[torch.arange(len(labels)), labels]
-    lent = torch.zeros(len(labels), dtype=torch.bool)
-    if num_sources is not None:
-        lent = num_sources[labels] >= 2
-        lent &= labels != (-1 if real is None else real)
-    calibration = []
-    for k in range(probabilities.shape[1]):
-        borrows = num_sources is not None and num_sources[k] < 2 and k != real
-        chosen = (labels == k) | lent if borrows else labels == k
-        calibration.append(own[chosen].sort().values)
-    return calibration
+    own = relative(probabilities)[torch.arange(len(labels)), labels]
+    classes = [own[labels == k].sort().values for k in range(probabilities.shape[1])]
+    if num_sources is None:
+        return classes, None
+    varied = (num_sources[labels] >= 2) & (labels != (-1 if real is None else real))
+    return classes, own[varied].sort().values if varied.any() else None
 
 
 def conformal_p_values(calibration: torch.Tensor, scores: np.ndarray) -> np.ndarray:

@@ -17,9 +17,10 @@ import torch
 from .calibration_protoleak import (
     REAL,
     CrossFitted,
+    calibrate_classes,
     conformal_p_values,
     fit_temperature,
-    own_class_calibration,
+    relative,
     upper_p_values,
 )
 from .scores_protoleak import OPEN_SET_SCORES, GaussianKDE, OpenSetScore, as_samples
@@ -30,8 +31,8 @@ MAX_FOLDS = 20  # in which images calibrate what is fitted on the others
 HALVED = ("gates", "statistics")  # the parts that are rounded to float16, as they are on disk
 STATE = (
     "labels", "open_set_scores", "train_", "held_out_", "chosen_", "spreads_", "calibration_",
-    "own_calibration_", "temperature_", "class_calibration_", "generated_calibration_", "thumbnails_", "origins_",
-    "probe_",
+    "own_calibration_", "temperature_", "class_calibration_", "generators_calibration_",
+    "generated_calibration_", "thumbnails_", "origins_", "probe_",
 )  # fmt: skip
 
 
@@ -60,7 +61,10 @@ class OpenSetDetector:
         own_calibration_ (`dict[int, torch.Tensor]`): The same of each class that was enrolled.
         temperature_ (`float`): What class scores are divided by.
         class_calibration_ (`list[torch.Tensor]`):
-            For each class, the sorted probabilities of that class for its calibration images.
+            For each class, the sorted [`relative`] probabilities of that class for its own
+            calibration images.
+        generators_calibration_ (`torch.Tensor` of shape `(v,)`, *optional*):
+            The same of all generators with several sources, after cross-fitting.
         generated_calibration_ (`torch.Tensor` of shape `(g,)`, *optional*):
             The sorted probabilities of class "real" for generated ones; `None` without such a class.
         origins_ (`dict[int, str]`): Of the same training images, where each comes from, in words.
@@ -79,6 +83,7 @@ class OpenSetDetector:
         self.own_calibration_: dict[int, torch.Tensor] = {}
         self.temperature_ = 1.0
         self.class_calibration_: list[torch.Tensor] = []
+        self.generators_calibration_: torch.Tensor | None = None
         self.generated_calibration_: torch.Tensor | None = None
         self.origins_: dict[int, str] = {}
         self.thumbnails_: dict[int, bytes] = {}
@@ -141,7 +146,8 @@ class OpenSetDetector:
         self.open_set_scores = dict(open_set_scores or {"embeddings": "kde"})
         self.train_, self.held_out_ = self._remembered(train), None
         self._scores, self.chosen_, self.spreads_ = {}, {}, {}
-        self.own_calibration_, self.class_calibration_, self.generated_calibration_ = {}, [], None
+        self.own_calibration_, self.class_calibration_ = {}, []
+        self.generators_calibration_ = self.generated_calibration_ = None
         fitted = self.scores_  # now, so that what fitting chooses is in the file
         if cross_fitted is None:
             self.held_out_ = self._remembered(held_out)
@@ -193,7 +199,8 @@ class OpenSetDetector:
         labels, real = cross_fitted.labels, self.real
         self.temperature_ = fit_temperature(cross_fitted.class_scores, labels)
         probabilities = self._probabilities(cross_fitted.class_scores)
-        self.class_calibration_ = own_class_calibration(probabilities, labels, cross_fitted.num_sources, real)
+        calibration = calibrate_classes(probabilities, labels, cross_fitted.num_sources, real)
+        self.class_calibration_, self.generators_calibration_ = calibration
         if real is not None:
             strangers = self._probabilities(cross_fitted.strangers)
             generated = torch.cat([probabilities[labels != real], strangers])[:, real]
@@ -250,7 +257,7 @@ class OpenSetDetector:
             self.generated_calibration_ = None if self.real is None else scores.new_empty(0)
         probabilities = self._probabilities(scores)
         done = self.class_calibration_
-        self.class_calibration_ = done + own_class_calibration(probabilities, labels)[len(done) :]
+        self.class_calibration_ = done + calibrate_classes(probabilities, labels)[0][len(done) :]
         if self.generated_calibration_ is not None:
             generated = probabilities[labels != self.real, self.real]
             self.generated_calibration_ = torch.cat([self.generated_calibration_, generated]).sort().values
@@ -329,13 +336,18 @@ class OpenSetDetector:
         """
         Label-conditional p-value of each class, (n, K), from class probabilities (n, K): for an image of
         class k, exchangeable with its calibration images, P(p_k <= alpha) <= alpha, so that the classes with
-        p_k > alpha are a set that has the right one with probability 1 - alpha.
+        p_k > alpha are a set that has the right one with probability 1 - alpha. See [`calibrate_classes`] for
+        what is compared: after cross-fitting, the calibration images of a generator are in equal parts its
+        own and those of all generators with several sources.
         """
-        columns = [
-            conformal_p_values(calibration, probabilities[:, k])
-            for k, calibration in enumerate(self.class_calibration_)
-        ]
-        return np.stack(columns, axis=1)
+        ratios = relative(torch.from_numpy(probabilities)).numpy()
+        pairs = enumerate(self.class_calibration_)
+        p_values = np.stack([conformal_p_values(own, ratios[:, k]) for k, own in pairs], axis=1)
+        if self.generators_calibration_ is not None:
+            among_all = conformal_p_values(self.generators_calibration_, ratios)
+            generators = np.arange(p_values.shape[1]) != self.real
+            p_values = np.where(generators, (p_values + among_all) / 2, p_values)
+        return p_values
 
     def generated_p_values(self, probabilities: np.ndarray) -> np.ndarray | None:
         """

@@ -55,9 +55,9 @@ def attribution_record(
     Returns:
         `dict` with
         - verdict: all that is said in one sentence, see [`verdict_sentence`];
-        - origin: "camera", where "real" alone is left in the prediction set and `camera_alpha` rules out that
-          a generator made it; "generated", where "real" is ruled out; else "can't tell". `None` without a
-          class "real" or a detector;
+        - origin: "camera", where "real" is likeliest and `camera_alpha` rules out that any generator, known
+          or not, made it; "generated", where "real" is ruled out; else "can't tell". `None` without a class
+          "real" or a detector;
         - label: a known class, or "unknown";
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
           calibration images that look more like the known classes than this one;
@@ -65,8 +65,8 @@ def attribution_record(
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
           images by a class, like its calibration images, at least 1 - alpha have that class in their set.
           More than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a detector;
-        - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, likeliest
-          first; `None` without a detector;
+        - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, and all
+          generators for a camera, likeliest first; `None` without a detector;
         - attributions: every known class with its probability, sorted.
     """
     order = probabilities.argsort(descending=True).tolist()
@@ -75,6 +75,8 @@ def attribution_record(
     sets = None, None
     if class_p_values is not None:
         sets = _sets([labels[k] for k in order], class_p_values[order] <= alpha, is_unknown)
+        if _is_camera(labels[order[0]], is_unknown, generated_p_value, camera_alpha):
+            sets = [REAL], [labels[k] for k in order[1:]]
     record = {
         "origin": None,
         "label": UNKNOWN if is_unknown else attributions[0]["label"],
@@ -97,10 +99,17 @@ def _sets(names: list[str], is_low: torch.Tensor, is_unknown: bool) -> tuple[lis
     return [] if is_unknown else [name for name in names if name not in out], out
 
 
+def _is_camera(label: str, is_unknown: bool, generated_p_value: float | None, camera_alpha: float) -> bool:
+    """Whether "a camera" is said of an image whose likeliest class is `label`."""
+    low = generated_p_value is not None and generated_p_value <= camera_alpha
+    return label == REAL and not is_unknown and low
+
+
 def _origin(record: dict[str, Any], camera_alpha: float) -> str | None:
-    if record["generated_p_value"] is None:
+    p_value = record["generated_p_value"]
+    if p_value is None:
         return None
-    if record["prediction_set"] == [REAL] and record["generated_p_value"] <= camera_alpha:
+    if _is_camera(record["label"], record["is_unknown"], p_value, camera_alpha):
         return CAMERA
     return GENERATED if REAL in record["ruled_out"] else CANT_TELL
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..evaluate_protoleak.evaluate_protoleak import attribution_metrics, open_set_metrics
 from .predictions import Predictions
-from .verdicts import REAL, coverage_at_precision, verdict_counts
+from .verdicts import REAL, coverage_at_precision, place_of_real, verdict_counts
 
 RESAMPLES = 300
 
@@ -47,7 +47,9 @@ def compute_metrics(
     metrics["coverage_at_90"] = coverage_at_precision(test.probabilities, test.labels)
     if test.p_values is None:
         return metrics
-    metrics["mean_set_size"] = float(test.in_sets(alpha).sum(axis=1).mean())
+    metrics["mean_set_size"] = float(
+        test.in_sets(alpha, camera_alpha, place_of_real(label_names)).sum(axis=1).mean()
+    )
     counts = verdict_counts(test, unknown, label_names, alpha, camera_alpha)
     return metrics | {name: k / n for name, (k, n) in counts.items()}
 

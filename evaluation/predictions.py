@@ -63,21 +63,30 @@ class Predictions:
             return self.likeliest()
         return np.where(self.p_values <= alpha, self.probabilities.shape[1], self.likeliest())
 
-    def in_sets(self, alpha: float) -> np.ndarray:
-        """Of each class whether `alpha` does not rule it out, or it is the likeliest. (N, K)"""
+    def in_sets(self, alpha: float, camera_alpha: float, real: int | None) -> np.ndarray:
+        """
+        Of each class whether `alpha` does not rule it out, or it is the likeliest, as records have them; of a
+        camera's images class `real` alone is left, `None` where there is no such class. (N, K)
+        """
         rows = self.class_p_values > alpha
         rows[np.arange(len(self)), self.likeliest()] = True
+        if real is not None and self.generated_p_values is not None:
+            rows[self.cameras(alpha, camera_alpha, real)] = np.arange(rows.shape[1]) == real
         return rows
+
+    def cameras(self, alpha: float, camera_alpha: float, real: int) -> np.ndarray:
+        """Whether "a camera" is said: where `real` is likeliest and every generator ruled out. (N,)"""
+        likely = (self.likeliest() == real) & (self.p_values > alpha)
+        return likely & (self.generated_p_values <= camera_alpha)
 
     def origins(self, alpha: float, camera_alpha: float, real: int) -> np.ndarray:
         """
-        Places in `ORIGINS`, as records have them: a camera is told where class `real` alone is left and
-        `camera_alpha` rules out every generator; a generator where `alpha` rules out class `real`. (N,)
+        Places in `ORIGINS`, as records have them: a camera by [`Predictions.cameras`]; a generator where
+        `alpha` rules out class `real`, and it is not the likeliest or the image is called unknown. (N,)
         """
-        in_set = self.in_sets(alpha)
-        real_alone = in_set[:, real] & (in_set.sum(axis=1) == 1) & (self.p_values > alpha)
-        camera = real_alone & (self.generated_p_values <= camera_alpha)
-        generated = ~camera & (self.class_p_values[:, real] <= alpha)
+        camera = self.cameras(alpha, camera_alpha, real)
+        kept = (self.likeliest() == real) & (self.p_values > alpha)
+        generated = (self.class_p_values[:, real] <= alpha) & ~kept
         return np.select([camera, generated], [0, 1], 2)
 
 

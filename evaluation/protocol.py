@@ -15,7 +15,14 @@ from .metrics import RESAMPLES, Metrics, bootstrap, compute_metrics, quantiles, 
 from .predictions import Predictions, Subject, predict
 from .shortcuts import format_bias
 from .splits import CROSS, count_sources
-from .verdicts import REAL, count_origins, exact_intervals, origin_counts, verdict_counts
+from .verdicts import (
+    REAL,
+    count_origins,
+    exact_intervals,
+    origin_counts,
+    place_of_real,
+    verdict_counts,
+)
 
 TEST_SPLITS = ("test", CROSS)  # images of known classes: from the sources of training, and from other ones
 OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
@@ -190,7 +197,7 @@ def _evaluate_split(
         num_unknown=0 if unknown is None else len(unknown),
         metrics=metrics,
         intervals=intervals,
-        per_class=_per_class(test, metrics["per_class_auc"], label_names, levels[0]),
+        per_class=_per_class(test, metrics["per_class_auc"], label_names, *levels),
         confusion=_confusion(test, levels[0]),
         reliability=reliability(test.probabilities, test.labels),
         scores=_roc_scores(test, unknown, label_names),
@@ -213,15 +220,15 @@ def _gap(
 
 
 def _per_class(
-    test: Predictions, aucs: dict[str, float], label_names: list[str], alpha: float
+    test: Predictions, aucs: dict[str, float], label_names: list[str], alpha: float, camera_alpha: float
 ) -> dict[str, dict[str, float]]:
-    rows = {}
+    rows, levels = {}, (alpha, camera_alpha, place_of_real(label_names))
     for name, auc in aucs.items():
         k = label_names.index(name)
         part = test.take(test.labels == k)
         rows[name] = {"images": len(part), "auc": auc, "recall": float((part.likeliest() == k).mean())}
         if part.class_p_values is not None:
-            rows[name]["set_coverage"] = float(part.in_sets(alpha)[:, k].mean())
+            rows[name]["set_coverage"] = float(part.in_sets(*levels)[:, k].mean())
     return rows
 
 

@@ -25,7 +25,8 @@ def verdict_counts(
         - single_precision: of these, the images that are of that class;
         - those of [`origin_counts`], where there is a class "real".
     """
-    in_set, own = test.in_sets(alpha), (np.arange(len(test)), test.labels)
+    in_set = test.in_sets(alpha, camera_alpha, place_of_real(label_names))
+    own = np.arange(len(test)), test.labels
     called_unknown = test.p_values <= alpha
     single = (in_set.sum(axis=1) == 1) & ~called_unknown
     masks = {
@@ -40,6 +41,11 @@ def verdict_counts(
     counts = {name: (int(mask.sum()), len(mask)) for name, mask in masks.items() if len(mask)}
     table = origin_counts(test, unknown, label_names, alpha, camera_alpha)
     return counts | (_origin_rates(table) if table else {})
+
+
+def place_of_real(label_names: list[str]) -> int | None:
+    """Which class is that of photographs, or `None`."""
+    return label_names.index(REAL) if REAL in label_names else None
 
 
 def origin_counts(
