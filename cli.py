@@ -224,7 +224,7 @@ def _enroll_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _measuring_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", default=str(HERE / "leakzoo"), help="as train.py takes it")
+    command.add_argument("--dataset", required=True, help="as train.py takes it")
     command.add_argument("--unknown", help="images by generators that the model does not know")
     command.add_argument("--output_dir", help="write the results there, as JSON, Markdown and figures")
 
