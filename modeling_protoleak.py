@@ -46,8 +46,8 @@ class ProtoLeakModelOutput(ModelOutput):
             scale, then timestep; each row sums to 1.
         statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`, *optional*):
             [`grid_statistics`] of the re-simulated latents, attended alike; not with `pooling="texture"`.
-        noisy_latents (`torch.FloatTensor` of shape `(batch_size, num_timesteps, channels, height, width)`,
-            *optional*): z_t at the first scale, with `output_noisy_latents=True`; crops after the first.
+        noisy_latents (`(batch_size, num_timesteps, channels, height, width)`, *optional*): z_t at the first
+            scale, with `output_noisy_latents=True`; crops, if any, after the first dimension.
         features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
             What [`LeakEncoder.pool`] gives, averaged over crops by their weights.
         crop_weights (`torch.FloatTensor` of shape `(batch_size, num_crops)`, *optional*): The crops' shares
@@ -71,11 +71,9 @@ class ImageAttributionOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Class scores of the prototypes, divided by the detector's temperature, where there is one, but
-            not in training.
+            Class scores of the prototypes; in evaluation over the detector's temperature, if there is one.
         open_set_score (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
-            How much like the known classes' images it is, by the config's `open_set_scores`, once a detector
-            is fitted.
+            How much like the known it is, by the config's `open_set_scores`, once a detector is fitted.
         p_values, generated_p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
             Conformal p of "made by a known class", and of "made by a generator, known or not".
         class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
@@ -302,8 +300,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def alphas_cumprod(self) -> torch.Tensor:
         """abar at the config's timesteps, (T,), from the diffusers scheduler."""
         if "alphas_cumprod" not in self._constants:  # not in __init__, which may run on the meta device
-            alphas_cumprod = make_scheduler(self.config).alphas_cumprod
-            self._constants["alphas_cumprod"] = alphas_cumprod[self.config.timesteps]
+            schedule = make_scheduler(self.config).alphas_cumprod
+            self._constants["alphas_cumprod"] = schedule[self.config.timesteps]
         return self._constants["alphas_cumprod"]
 
     def evaluation_noise(self, shape: torch.Size) -> torch.Tensor:
@@ -404,20 +402,18 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         """Whitened z_0 to z_t at the config's timesteps: (N, C, H, W) -> (N, T, C, H, W)"""
         if self.config.contrast_normalization:
             latents = normalise_contrast(latents)
-        noise = self._noise(latents)
-        return forward_diffusion(latents, noise, self.alphas_cumprod(), self.config.sigma_normalization)
-
-    def _noise(self, latents: torch.Tensor) -> torch.Tensor:
+        count, *shape = latents.shape
         if self.training:  # fresh at every step
-            count, *shape = latents.shape
-            return torch.randn(count, len(self.config.timesteps), *shape, device=latents.device)
-        return self.evaluation_noise(latents.shape[1:]).to(latents)
+            noise = torch.randn(count, len(self.config.timesteps), *shape, device=latents.device)
+        else:
+            noise = self.evaluation_noise(latents.shape[1:]).to(latents)
+        return forward_diffusion(latents, noise, self.alphas_cumprod(), self.config.sigma_normalization)
 
 
 class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
     """
-    Which known generator made an image, or none: prototypes for the classes, and a detector for what is known
-    at all, which [`DetectorMixin`] fits, extends, checks, loads and saves.
+    Which known generator made an image, or none: prototypes for the classes, and a detector for what is
+    known, see [`DetectorMixin`].
     """
 
     def __init__(self, config: ProtoLeakConfig):
@@ -466,7 +462,7 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         model = self.protoleak(pixel_values, latents, features, output_noisy_latents, return_dict=True)
         logits, loss = self.head(model.embeddings, model.gates), None
         if labels is not None:
-            loss = F.cross_entropy(logits, labels) + self._attention_loss(model.temporal_weights)
+            loss = F.cross_entropy(logits, labels) + self._attention_loss(model.temporal_weights.float())
         if self.detector is not None and not self.training:
             logits = logits / self.detector.temperature_
         output = ImageAttributionOutput(loss=loss, logits=logits, **model)
@@ -476,7 +472,6 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         return output
 
     def _attention_loss(self, weights: torch.Tensor) -> torch.Tensor:
-        weights = weights.float()
         entropy = -(weights * weights.clamp_min(1e-8).log()).sum(dim=1).mean()  # dropped timesteps weigh 0
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 

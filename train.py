@@ -142,10 +142,12 @@ def summarise(
     """All metrics of the finished model on test, cross and unknown images, and the history of the run."""
     names = splits["unknown"]["label"] if "unknown" in splits else None
     options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples, "unknown": None}
+    evaluation = evaluate_model(model, accelerator=accelerator, **options | data.evaluated)
+    evaluation.note_sources(splits)
     return {
         "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
         "epochs": max(0, len(history) - 1),
-        **evaluate_model(model, accelerator=accelerator, **options | data.evaluated).to_dict(),
+        **evaluation.to_dict(),
         "history": history,
     }
 
@@ -164,7 +166,12 @@ def save(
             from protoleak.forensics.figures import draw_evaluation, save_figures
 
             save_figures(draw_evaluation(Evaluation.from_dict(summary), model.detector), partial / "figures")
-    origin = f"Trained on {summary['dataset']} for {summary['epochs']} epochs."
+    how = (
+        f"for {summary['epochs']} epochs"
+        if summary["history"]
+        else "as a discriminant, chosen and calibrated by leaving sources out"
+    )
+    origin = f"Trained on {summary['dataset']} {how}."
     write_card(folder, model, origin, arguments.command, summary)
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
 

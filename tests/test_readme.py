@@ -40,7 +40,10 @@ SNIPPETS = {
         "README.md": ["protoleak attribute examples/", TEST_COMMAND],
         "usage.md": ["--table records.csv", "protoleak explain", "protoleak export"],
         "training.md": [
-            "train.py --dataset", "train.py --output_dir", "train.py --model", "protoleak enroll",
+            "train.py --dataset",
+            "train.py --output_dir",
+            "train.py --model",
+            "protoleak enroll",
             "protoleak evaluate",
         ],
     },
@@ -77,16 +80,15 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(copy, tmp_path):
+def runner(copy: Path, folder: Path):
     """Runs a command in the copy as if no extra were installed but those that the snippet's section names."""
 
     def run(command: list[str], extras: set[str] = frozenset()) -> str:
         missing = [module for extra in EXTRAS.keys() - extras for module in EXTRAS[extra]]
-        (tmp_path / "sitecustomize.py").write_text(
+        (folder / "sitecustomize.py").write_text(
             f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
         )
-        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path}
         result = subprocess.run(
             command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500
@@ -95,6 +97,26 @@ def run(copy, tmp_path):
         return result.stdout
 
     return run
+
+
+@pytest.fixture
+def run(copy, tmp_path):
+    return runner(copy, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def leakzoo_model(copy, tmp_path_factory) -> Path:
+    """What the page's command trains on LeakZoo, in short."""
+    command = snippet("training.md", "train.py --output_dir").strip()
+    runner(copy, tmp_path_factory.mktemp("site"))([*in_short(command)])
+    return copy / "runs/leakzoo"
+
+
+def in_short(command: str) -> list[str]:
+    """A command line; training sees each image once, for one epoch."""
+    short = " --num_train_epochs 1 --orientations 1 --augmented_views 0"
+    command = command.replace("python ", f"{sys.executable} ")
+    return (command + (short if "train.py" in command else "")).split()
 
 
 @pytest.mark.parametrize("language", SNIPPETS)
@@ -154,7 +176,7 @@ def test_the_test_command_stands_where_ci_looks_for_it():
     assert result.stdout.strip() == TEST_COMMAND
 
 
-def test_training_and_enrolling_commands(copy, run):
+def test_training_and_enrolling_commands(copy, run, leakzoo_model):
     """FOLDER is a small data set, IMAGES and NAME some of the examples."""
     for split, count in {"train": 4, "validation": 2, "test": 2}.items():
         for label in ("real", "mine"):
@@ -163,12 +185,9 @@ def test_training_and_enrolling_commands(copy, run):
                 example = find_images([copy / "examples"])[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
     examples = " ".join(f"examples/{path.name}" for path in find_images([copy / "examples"])[:3])
-    markers = ("train.py --dataset", "train.py --output_dir", "train.py --model", "protoleak enroll")
+    markers = ("train.py --dataset", "train.py --model", "protoleak enroll")
     for command in "".join(snippet("training.md", marker) for marker in markers).strip().splitlines():
-        command = re.sub(r"IMAGES(\.\.\.)?", examples, command).replace("python ", f"{sys.executable} ")
-        short = " --num_train_epochs 1 --orientations 1 --augmented_views 0"
-        command += short if "train.py" in command else ""
-        run(command.split())
+        run(in_short(re.sub(r"IMAGES(\.\.\.)?", examples, command)))
     assert (copy / "runs/mine/README.md").exists()
     assert (copy / "runs/enrolled/density.pkl").exists()
     labels = json.loads((copy / "runs/more/config.json").read_text())["id2label"].values()
@@ -202,8 +221,7 @@ def test_the_figures_are_those_of_the_bundled_checkpoint():
         assert f"| {measured['metrics'][name]:.3f} [{low:.3f}, {high:.3f}] |" in text, name
 
 
-def test_measuring_commands(copy, run):
-    """Of what `test_training_and_enrolling_commands` trained."""
+def test_measuring_commands(copy, run, leakzoo_model):
     text = snippet("training.md", "protoleak evaluate")
     for command in text.strip().splitlines():
         printed = run(command.split(), extras_of("training.md", text))
