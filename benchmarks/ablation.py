@@ -1,5 +1,5 @@
 """
-What each part of the method is worth: the bundled recipe against itself with one thing changed.
+What each part of the method is worth: LeakZoo's recipe against itself with one thing changed.
 
     python benchmarks/ablation.py [--only WORDS] [--seeds N] [any argument of train.py]
 
@@ -29,7 +29,7 @@ from protoleak.train import train
 from protoleak.training.arguments import TrainingArguments
 from transformers import HfArgumentParser
 
-HERE = Path(__file__).parent.parent
+RECIPE_FOLDER = Path(__file__).parent.parent / "leakzoo" / "recipe"
 
 
 def evaluation_noise(model: ProtoLeakModel, latents: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def backbone(width: int, depth: int = 1) -> dict:
     return {"backbone_config": values | {"layer_type": "basic"}}
 
 
-RECIPE = "the bundled recipe"
+RECIPE = "LeakZoo's recipe"
 # name: (fields of the config, of the training arguments, and methods that are replaced)
 Variant = tuple[dict, dict, list[tuple[Any, str, Callable]]]
 VARIANTS: dict[str, Variant] = {
@@ -102,17 +102,19 @@ VARIANTS: dict[str, Variant] = {
 
 
 def run(variant: Variant, name: str, arguments: TrainingArguments) -> dict[str, dict[str, float]]:
-    """Metrics of a variant; of the bundled recipe also that of the paper's open-set score."""
+    """Metrics of a variant; of the recipe itself also that of the paper's open-set score."""
     fields, changes, replaced = variant
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         recipe = Path(folder) / "recipe"
-        ProtoLeakImageProcessor.from_pretrained(HERE).save_pretrained(recipe)
-        bundled = ProtoLeakConfig.from_pretrained(HERE)
-        ProtoLeakConfig(**bundled.to_dict() | fields).save_pretrained(recipe)
+        ProtoLeakImageProcessor.from_pretrained(RECIPE_FOLDER).save_pretrained(recipe)
+        own = ProtoLeakConfig.from_pretrained(RECIPE_FOLDER)
+        ProtoLeakConfig(**own.to_dict() | fields).save_pretrained(recipe)
         for owner, method, other in replaced:
             patches.enter_context(patch.object(owner, method, other))
         changes = {"config_name": str(recipe), "output_dir": f"{folder}/run"} | changes
-        evaluation = Evaluation.from_dict(train(replace(arguments, **changes), vae=load_vae(HERE, bundled)))
+        evaluation = Evaluation.from_dict(
+            train(replace(arguments, **changes), vae=load_vae(RECIPE_FOLDER, own))
+        )
         rows = {name: evaluation.metrics}
         if name == RECIPE:
             paper = evaluation.main.open_set_scores["kde of embeddings"]

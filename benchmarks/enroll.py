@@ -13,6 +13,7 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.splits import load_splits
 
 HERE = Path(__file__).parent.parent
+MODEL = HERE / "runs" / "leakzoo"  # python train.py --output_dir runs/leakzoo
 ENROLLED = 10
 
 
@@ -23,7 +24,7 @@ def share(condition: torch.Tensor) -> float:
 @torch.no_grad()
 def measure(name: str, splits: dict[str, Dataset], processor: ProtoLeakImageProcessor) -> dict[str, float]:
     """Shares of a generator's other images, and the accuracy on known classes, before and after."""
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
+    model = ProtoLeakForImageAttribution.from_pretrained(MODEL)
 
     def outputs(rows: Dataset):
         return model(processor([image["bytes"] for image in rows["image"]])["pixel_values"])
@@ -46,7 +47,7 @@ def measure(name: str, splits: dict[str, Dataset], processor: ProtoLeakImageProc
 
 def main() -> None:
     splits = load_splits(str(HERE / "leakzoo"))
-    processor = ProtoLeakImageProcessor.from_pretrained(HERE)
+    processor = ProtoLeakImageProcessor.from_pretrained(MODEL)
     for number, name in enumerate(sys.argv[1:] or sorted(set(splits["unknown"]["label"]))):
         row = measure(name, splits, processor)
         if number == 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protoleak import ProtoLeakForImageAttribution
+from protoleak.checkpoint_protoleak import encode_with, load_autoencoder
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
 from protoleak.scores_protoleak import OPEN_SET_SCORES
 from protoleak.statistics_protoleak import LatentWhitening, grid_statistics, normalise_contrast
@@ -49,12 +49,12 @@ def metrics(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> t
     return closed["macro_auc"], closed["accuracy"], open_set_metrics(known, unknown)["auroc"]
 
 
-def spaces(model: ProtoLeakForImageAttribution) -> dict[str, Callable]:
+def spaces(vae: torch.nn.Module) -> dict[str, Callable]:
     """What is looked at: a title, and how pixels (N, 3, S, S) get there."""
     return {
         "blocks of 2x2 pixels": lambda x: F.pixel_unshuffle(x, 2),
         "blocks of 4x4 pixels": lambda x: F.pixel_unshuffle(x, 4),
-        "the bundled VAE's latents": model.protoleak.encode,
+        "LeakZoo's VAE's latents": lambda x: encode_with(vae, x),
     }
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     pixels, labels, _ = load_pixels(name, ("train", "test", "unknown"), **crop)
     pixels = {split: part.reshape(len(part), -1, *part.shape[-3:]) for split, part in pixels.items()}
     print("| statistics of | Macro AUC | accuracy | open-set AUROC |\n| --- | --- | --- | --- |")
-    for name, encode in spaces(ProtoLeakForImageAttribution.from_pretrained(HERE)).items():
+    for name, encode in spaces(load_autoencoder(HERE / "leakzoo" / "recipe", "vae")).items():
         for title, change in changes(pixels["train"], encode).items():
             features = {split: statistics_of(part, encode, change) for split, part in pixels.items()}
             cells = [f"{value:.3f}" for value in metrics(features, labels)]

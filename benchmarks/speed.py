@@ -20,12 +20,14 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.checkpoint_protoleak import load_vae
 from protoleak.evaluation.splits import load_splits
 from protoleak.forensics.scan import Attributor
 from sklearn.neighbors import KernelDensity
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent.parent
+RECIPE = HERE / "leakzoo" / "recipe"
 QUICK = "--quick" in sys.argv
 SD21 = {  # Stable Diffusion 2.1's VAE
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -219,10 +221,16 @@ def draw_noise(folder: Path, count: int) -> None:
                 Image.fromarray(pixels).save(folder / split / label / f"{i}.webp")
 
 
+def leakzoo_model() -> ProtoLeakForImageAttribution:
+    """A network of LeakZoo's recipe, not trained."""
+    model = ProtoLeakForImageAttribution(ProtoLeakConfig.from_pretrained(RECIPE, num_labels=7))
+    model.attach_vae(load_vae(RECIPE, model.config))
+    return model
+
+
 def encoding_seconds() -> float:
     splits = load_splits(str(HERE / "leakzoo"))
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
-    processor = ProtoLeakImageProcessor.from_pretrained(HERE)
+    model, processor = leakzoo_model(), ProtoLeakImageProcessor.from_pretrained(RECIPE)
     started = time.perf_counter()
     for split in ("train", "validation"):
         images = [image["bytes"] for image in splits[split]["image"]]
@@ -233,8 +241,7 @@ def encoding_seconds() -> float:
 
 def network_seconds(validated: int) -> float:
     """Forward and backward over as many latents as an epoch trains on, forward over those it validates."""
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE)
-    size = ProtoLeakImageProcessor.from_pretrained(HERE).crop_size // 4
+    model, size = leakzoo_model(), ProtoLeakImageProcessor.from_pretrained(RECIPE).crop_size // 4
     latents = torch.randn(64, model.config.latent_channels, size, size)
     labels = torch.arange(64) % model.config.num_labels
     model.detector = None
@@ -317,7 +324,7 @@ def onnx() -> None:
     import onnxruntime
     from protoleak.training.export import export_onnx
 
-    model = ProtoLeakForImageAttribution.from_pretrained(HERE).eval()
+    model = leakzoo_model().eval()
     pixels = torch.rand(16, 3, 64, 64) * 2 - 1
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -325,7 +332,7 @@ def onnx() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = export_onnx(model, 64, Path(folder) / "model.onnx", part)
             session = onnxruntime.InferenceSession(str(path), options)
-        inputs = pixels if part == "whole" else model.protoleak.encode(pixels)
+        inputs = pixels if part == "whole" else model.protoleak.encode(pixels)[0]
         feed = {session.get_inputs()[0].name: inputs.numpy()}
         name = "pixel_values" if part == "whole" else "latents"
         with torch.no_grad():

@@ -141,7 +141,7 @@ generator's images from the real patches; 0.5 is nothing, and above 0.75 the con
 away.
 
 Peak signal-to-noise ratio on patches of the held-out test and validation photographs, in dB: {psnr}.
-"analysis" is the autoencoder in `vae/`, in whose latents the bundled checkpoint looks.
+"analysis" is the autoencoder in `recipe/vae/`, in whose latents a model of this data set looks.
 
 All figures on this page are printed by `python leakzoo/make_leakzoo.py --stages figures` and written beside
 it as figures.json.

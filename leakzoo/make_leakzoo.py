@@ -48,8 +48,8 @@ def list_stages(workspace: Workspace) -> dict[str, Callable[[], object]]:
 
 
 def copy_vae(workspace: Workspace) -> None:
-    """The analysis autoencoder goes to vae/ beside the data set's folder."""
-    target = workspace.output_dir.parent / "vae"
+    """The analysis autoencoder goes to recipe/vae/ in the data set's folder."""
+    target = workspace.output_dir / "recipe" / "vae"
     shutil.copytree(workspace.work_dir / "autoencoder_analysis", target, dirs_exist_ok=True)
     for file in target.iterdir():
         file.chmod(0o644)
