@@ -288,8 +288,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def set_scheduler(self, scheduler) -> None:
         """Take over a diffusers scheduler's noise schedule; the config says so from then on."""
-        for name, value in schedule_of(scheduler, self.config).items():
-            setattr(self.config, name, value)
+        vars(self.config).update(schedule_of(scheduler, self.config))
         self._constants.pop("alphas_cumprod", None)
 
     def set_noise_seed(self, seed: int) -> None:
@@ -305,10 +304,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         return self._constants["alphas_cumprod"]
 
     def evaluation_noise(self, shape: torch.Size) -> torch.Tensor:
-        """
-        The noise of evaluation, (T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that
-        an image has the same score in any batch, place, process and device.
-        """
+        """(T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that scores are as well."""
         if shape not in self._constants:
             generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
             draws = [torch.randn(shape, generator=generator) for _ in self.config.timesteps]

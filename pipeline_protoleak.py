@@ -59,8 +59,7 @@ def attribution_record(
           or not, made it; "generated", where "real" is ruled out; else "can't tell". `None` without a class
           "real" or a detector;
         - label: a known class, or "unknown";
-        - score: the probability of that class among the known ones; for "unknown" 1 - p_value, the share of
-          calibration images that look more like the known classes than this one;
+        - score: the probability of that class among the known ones; for "unknown" 1 - p_value;
         - is_unknown, p_value, generated_p_value, open_set_score;
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
           images by a class, like its calibration images, at least 1 - alpha have that class in their set.

@@ -9,10 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
 from protoleak.encoder_protoleak import LeakEncoder
-from protoleak.modeling_protoleak import (
-    PrototypeHead,
-    forward_diffusion,
-)
+from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion
 from protoleak.statistics_protoleak import evidence
 from safetensors.torch import load_file, save_file
 
@@ -484,9 +481,6 @@ def test_a_head_of_another_size_can_be_asked_for(fitted_model, tmp_path, caplog)
     assert model.detector is None
     kept = fitted_model.protoleak.encoder.projections[0].weight
     assert torch.equal(model.protoleak.encoder.projections[0].weight, kept)
-
-
-# --- a trained checkpoint -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
