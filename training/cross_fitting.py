@@ -256,7 +256,7 @@ def cross_fit(
 
 
 class _Network:
-    """What a network is that begins by some images (mask, (num_images,)): one prototype a class, at its mean."""
+    """A network that begins by some images (mask, (num_images,)), one prototype a class at its mean."""
 
     def __init__(self, samples: Samples, settings: Settings, images: np.ndarray):
         shrinkages = [(shrinkage,) for shrinkage in settings.shrinkages]
