@@ -6,6 +6,7 @@ The `model` of every function is a `ProtoLeakForImageAttribution`.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def explain(
         - prototypes: the nearest, each with `label`, `prototype` (its place in the class), `distance`, and
           `examples`, the training images nearest to it (`index`, `label`), where a detector is fitted;
         - contributions: see [`contributions`];
-        - timesteps: `timestep` and `weight` of each;
+        - timesteps: `scale`, `timestep` and `weight` of each;
         - open_set: see [`place_among_known`];
         - crops: see [`crops_of`]; `None` without `crop_boxes`;
         - embedding: h.
@@ -44,12 +45,12 @@ def explain(
     reasons = []
     for i in range(len(distances)):
         weights = output.temporal_weights[i].tolist()
-        steps = zip(model.config.timesteps, weights, strict=True)
+        steps = zip(product(model.config.scales, model.config.timesteps), weights, strict=True)
         reasons.append(
             {
                 "prototypes": nearest_prototypes(model, distances[i], examples, num_prototypes),
                 "contributions": contributions(model, output, i),
-                "timesteps": [{"timestep": t, "weight": weight} for t, weight in steps],
+                "timesteps": [{"scale": s, "timestep": t, "weight": weight} for (s, t), weight in steps],
                 "open_set": place_among_known(model, output, i),
                 "crops": None if crop_boxes is None else crops_of(model, output, i, crop_boxes[i]),
                 "embedding": output.embeddings[i].float().tolist(),

@@ -136,10 +136,15 @@ def draw_crops(image: Any, crops: list[dict[str, Any]], size: tuple[int, int]) -
     return figure
 
 
+def step_in_words(row: dict[str, Any]) -> str:
+    """A timestep, and the scale where images are reduced."""
+    return f"t = {row['timestep']}" + ("" if row["scale"] == 1 else f" at 1/{row['scale']}")
+
+
 def draw_timesteps(rows: list[dict[str, Any]]) -> Figure:
-    """The weight of each timestep in the embedding."""
+    """The weight of each timestep, and scale, in the embedding."""
     figure, axes = _axes(5.2, 1.8, xlabel="timestep t of the forward diffusion", ylabel="attention")
-    axes.bar([str(row["timestep"]) for row in rows], [row["weight"] for row in rows], color=BLUE)
+    axes.bar([step_in_words(row) for row in rows], [row["weight"] for row in rows], color=BLUE)
     axes.set_ylim(0, 1)
     return figure
 

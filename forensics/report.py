@@ -21,7 +21,14 @@ from ..evaluation.report import TITLES
 from ..files_protoleak import write_whole
 from ..image_processing_protoleak import open_image
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
-from .figures import EmbeddingMap, draw_contributions, draw_crops, draw_open_set_score, draw_timesteps
+from .figures import (
+    EmbeddingMap,
+    draw_contributions,
+    draw_crops,
+    draw_open_set_score,
+    draw_timesteps,
+    step_in_words,
+)
 from .provenance import summarise_provenance
 from .scan import Attributor, checkpoint_file
 
@@ -173,7 +180,7 @@ def reasons_in_words(record: dict[str, Any]) -> list[str]:
     lines += [_prototype_in_words(row) for row in reason["prototypes"]]
     if reason["contributions"]:
         lines.append(_contributions_in_words(reason["contributions"]))
-    steps = ", ".join(f"t = {row['timestep']}: {row['weight']:.2f}" for row in reason["timesteps"])
+    steps = ", ".join(f"{step_in_words(row)}: {row['weight']:.2f}" for row in reason["timesteps"])
     lines.append(f"attention over timesteps: {steps}")
     if place := reason["open_set"]:
         lines.append(
