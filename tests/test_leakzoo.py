@@ -72,7 +72,7 @@ def test_every_stage_runs_and_the_data_set_loads(script, workspace):
     unknown = {name for name, known in names.items() if not known}
     assert set(labels.int2str(zoo["unknown"]["label"][:])) == unknown
     assert set(json.loads((workspace.output_dir / "figures.json").read_text())["content_auroc"]) == set(names)
-    assert (workspace.output_dir.parent / "vae/config.json").exists()
+    assert (workspace.output_dir / "recipe/vae/config.json").exists()
 
 
 @pytest.mark.parametrize("stage", ["decoder_c.pt", "denoiser_ldm_cosine.pt", "samples_ldm_lcm.npz"])

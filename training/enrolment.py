@@ -33,7 +33,7 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
     outputs = [model(processor(file)["pixel_values"]) for file in files]
-    parts = [part for part in PARTS if outputs[0][part] is not None]
+    parts = [part for part in PARTS if part in outputs[0]]  # an output has no keys of what is None
     model.enroll(name, {part: torch.cat([output[part] for output in outputs]) for part in parts})
     first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
     keep_thumbnails(model, lambda i: files[i - first] if i >= first else None)

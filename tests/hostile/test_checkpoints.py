@@ -167,7 +167,7 @@ def test_truncated_and_corrupt_weights_are_named(checkpoint, capsys):
 def test_weights_of_nan_or_another_shape_are_refused(checkpoint, capsys):
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
-    name = next(n for n in weights if n.endswith("projection.weight"))
+    name = next(n for n in weights if n.endswith("projections.0.weight"))
     save_file(weights | {name: weights[name] * float("nan")}, path, {"format": "pt"})
     assert "NaN" in refused(checkpoint, capsys)
     save_file(weights | {name: weights[name][:, :3].contiguous()}, path, {"format": "pt"})
