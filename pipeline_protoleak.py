@@ -54,28 +54,27 @@ def attribution_record(
 
     Returns:
         `dict` with
-        - verdict: all that is said in one sentence, see [`verdict_sentence`];
-        - origin: "camera", where "real" is likeliest and `camera_alpha` rules out that any generator, known
-          or not, made it; "generated", where "real" is ruled out; else "can't tell". `None` without a class
-          "real" or a detector;
+        - verdict: all in one sentence;
+        - origin: "camera", where "real" is likeliest and `camera_alpha` rules out all generators, known or
+          not; "generated", where "real" is ruled out; else "can't tell". `None` without "real" or a detector;
         - label: a known class, or "unknown";
         - score: the probability of that class among the known ones; for "unknown" 1 - p_value;
         - is_unknown, p_value, generated_p_value, open_set_score;
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
-          images by a class, like its calibration images, at least 1 - alpha have that class in their set.
-          More than one: the verdict is ambiguous. Empty when `is_unknown`, `None` without a detector;
+          images by a class, like its calibration images, at least 1 - alpha have it in their set. Empty when
+          `is_unknown`, `None` without a detector;
         - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, and all
           generators for a camera, likeliest first; `None` without a detector;
-        - attributions: every known class with its probability, sorted.
+        - attributions: every known class with its probability.
     """
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
     is_unknown = p_value is not None and p_value <= alpha
-    sets = None, None
+    sets, names = (None, None), [labels[k] for k in order]
     if class_p_values is not None:
-        sets = _sets([labels[k] for k in order], class_p_values[order] <= alpha, is_unknown)
-        if _is_camera(labels[order[0]], is_unknown, generated_p_value, camera_alpha):
-            sets = [REAL], [labels[k] for k in order[1:]]
+        camera = _is_camera(names[0], is_unknown, generated_p_value, camera_alpha)
+        is_low = class_p_values[order] <= alpha
+        sets = (names[:1], names[1:]) if camera else _sets(names, is_low, is_unknown)
     record = {
         "origin": None,
         "label": UNKNOWN if is_unknown else attributions[0]["label"],

@@ -94,6 +94,8 @@ def make_kinds(checkpoint: Path, folder: Path, dataset: str, enroll: list[str]) 
             model_name_or_path=str(checkpoint),
             output_dir=str(folder / "fine-tuned"),
             num_train_epochs=1,
+            orientations=1,
+            augmented_views=0,
         )
     )
     main(

@@ -75,6 +75,17 @@ class Samples:
         rows = torch.from_numpy(np.flatnonzero(images))
         return [family[rows] for family in self.families]
 
+    def known(self, images: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """
+        The families and labels of some images as a detector remembers them: in their first view and, where
+        there are others, once more in one of these in turn.
+        """
+        places, count = np.flatnonzero(images), len(self.labels)
+        others = len(self.families[0]) // count - 1
+        turns = [(1 + places % others) * count + places] if others else []
+        rows = torch.from_numpy(np.concatenate([places, *turns]))
+        return [family[rows] for family in self.families], self.labels[rows % count]
+
 
 def join_learned(splits: DatasetDict) -> DatasetDict:
     """
@@ -221,20 +232,19 @@ def cross_fit(
         real (`int`, *optional*): Which class is no generator; it is never left out.
     """
     labels = samples.labels.numpy()
-    class_scores, open_set_scores = (
-        torch.zeros(len(labels), samples.num_labels).double(),
-        np.zeros(len(labels)),
-    )
+    class_scores = torch.zeros(len(labels), samples.num_labels).double()
+    open_set_scores = np.zeros(len(labels))
     for fold in np.unique(folds):
         held_out = folds == fold
-        scores, embeddings, known = _scored(samples, settings, ~held_out, held_out)
-        class_scores[torch.from_numpy(held_out)] = scores
-        fitted = OPEN_SET_SCORES[score]().fit(known, labels[~held_out])
-        open_set_scores[held_out] = fitted.score_samples(embeddings)
+        network = _Network(samples, settings, ~held_out)
+        families, (known, known_labels) = samples.untouched(held_out), samples.known(~held_out)
+        class_scores[torch.from_numpy(held_out)] = network.class_scores(families)
+        fitted = OPEN_SET_SCORES[score]().fit(network.embed(known), known_labels)
+        open_set_scores[held_out] = fitted.score_samples(network.embed(families))
     strangers = []
     for left_out in class_folds(labels, real):
         strange = np.isin(labels, left_out)
-        scores = _scored(samples, settings, ~strange, strange)[0]
+        scores = _Network(samples, settings, ~strange).class_scores(samples.untouched(strange))
         strangers.append(scores.index_fill(1, torch.from_numpy(left_out), -torch.inf))
     return CrossFitted(
         open_set_scores={"embeddings": open_set_scores},
@@ -245,18 +255,21 @@ def cross_fit(
     )
 
 
-def _scored(
-    samples: Samples, settings: Settings, fitted: np.ndarray, scored: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Of a network that begins by some images: class scores (m, K) and embeddings (m, A) of others, and the
-    embeddings of its own. The scores are those of one prototype a class, at its mean.
-    """
-    discriminants = [d[0] for d in samples.fit(fitted, [(s,) for s in settings.shrinkages])]
-    embedded = []
-    for images in (scored, fitted):
-        parts = zip(discriminants, settings.scales, samples.untouched(images), strict=True)
-        embedded.append(torch.cat([((x.double() - d.centre) @ d.projection) * s for d, s, x in parts], dim=1))
-    pairs = zip(discriminants, settings.scales, samples.untouched(scored), strict=True)
-    scores = -sum(d.squared_distances(x) * scale**2 for d, scale, x in pairs) / 2
-    return scores.clamp_min(-1e4), *embedded
+class _Network:
+    """A network that begins by some images (mask, (num_images,)), one prototype a class at its mean."""
+
+    def __init__(self, samples: Samples, settings: Settings, images: np.ndarray):
+        shrinkages = [(shrinkage,) for shrinkage in settings.shrinkages]
+        self.discriminants = [d[0] for d in samples.fit(images, shrinkages)]
+        self.scales, self.size = settings.scales, samples.max_axes * len(samples.families)
+
+    def class_scores(self, families: list[torch.Tensor]) -> torch.Tensor:
+        """(m, F) for each family -> (m, K)"""
+        parts = zip(self.discriminants, self.scales, families, strict=True)
+        return (-sum(d.squared_distances(x) * scale**2 for d, scale, x in parts) / 2).clamp_min(-1e4)
+
+    def embed(self, families: list[torch.Tensor]) -> torch.Tensor:
+        """(m, F) for each family -> (m, D): a density depends on the number of dimensions, used or not."""
+        parts = zip(self.discriminants, self.scales, families, strict=True)
+        used = torch.cat([(x.double() - d.centre) @ d.projection * scale for d, scale, x in parts], dim=1)
+        return F.pad(used, (0, self.size - used.shape[1]))
