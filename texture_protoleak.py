@@ -34,8 +34,9 @@ def _laplace(plane: torch.Tensor) -> torch.Tensor:
     return (across + plane[..., 2:, 1:-1] + plane[..., :-2, 1:-1]) / 4 - inner
 
 
+Residuals = tuple[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[float, ...]], ...]
 # differences along a row, and the steps they are quantised by, in units of the plane's standard deviation
-RESIDUALS: tuple[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[float, ...]], ...] = (
+RESIDUALS: Residuals = (
     (_first, (1 / 8, 1 / 4)),
     (_second, (1 / 16, 1 / 8, 1 / 4)),
     (_laplace, (1 / 8,)),
@@ -57,20 +58,21 @@ NUM_PATTERNS = int(_patterns().max()) + 1
 NUM_COOCCURRENCES = NUM_PATTERNS * sum(len(steps) for _, steps in RESIDUALS)
 
 
-def cooccurrences(plane: torch.Tensor) -> torch.Tensor:
+def cooccurrences(plane: torch.Tensor, residuals: Residuals = RESIDUALS) -> torch.Tensor:
     """
     Square roots of how often each pattern of four neighbouring residuals occurs, along rows and columns, for
-    each residual and step of `RESIDUALS`.
+    each residual and step.
 
     Args:
         plane: (N, H, W) in units of its standard deviation over many images; H and W at least 6.
+        residuals: Differences along a row, and their steps in the plane's units.
 
     Returns:
-        (N, NUM_COOCCURRENCES), float32.
+        (N, NUM_PATTERNS times the number of steps), float32; NUM_COOCCURRENCES by default.
     """
     patterns = _patterns().to(plane.device)
     described = []
-    for residual, steps in RESIDUALS:
+    for residual, steps in residuals:
         directions = [residual(plane), residual(plane.mT)]  # of a turned plane, so that turns count alike
         for step in steps:
             counts = sum(_count_runs((x / step).round().clamp(-TRUNCATION, TRUNCATION)) for x in directions)
