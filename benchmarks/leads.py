@@ -86,8 +86,7 @@ class Images:
         self.folds = source_folds(np.array(self.rows[SOURCE]))
         self.model, processor = make_model(TrainingArguments(dataset_name=[dataset]), self.names)
         self.cache = LatentCache(self.model.eval(), processor, Accelerator())
-        self.pixels = ProtoLeakImageProcessor(crop_size=processor.crop_size)
-        fit_whitening(self.model, self.rows, self.cache)
+        self.pixels, self.whitened = ProtoLeakImageProcessor(crop_size=processor.crop_size), False
         digest = hashlib.sha256(b"".join(content for batch in self._contents() for content in batch))
         self.key = digest.hexdigest()[:16]
 
@@ -129,6 +128,9 @@ class Images:
 
     def _pool(self, scales: Sequence[int], timesteps: Sequence[int], views: int) -> torch.Tensor:
         """(n views, S, T, P), float16"""
+        if not self.whitened:  # takes a while, and leads of pixels do without
+            fit_whitening(self.model, self.rows, self.cache)
+            self.whitened = True
         config = self.model.config
         config.scales, config.timesteps = list(scales), list(timesteps)
         self.model.protoleak.set_noise_seed(config.noise_seed)  # noise is drawn for these timesteps
