@@ -213,11 +213,11 @@ class LatentCache:
         return encoded.reshape(len(images), *self.shape).half().cpu().numpy()
 
     def _pixels(self, images: list[dict[str, Any]], view: View) -> torch.Tensor:
-        """Pixel values of images in a view, (B, 3, h, w), or (B, num_crops, 3, h, w) filled up with zeros."""
+        """Pixel values of images in a view, (B, 3, h, w), or (B, V, 3, h, w), V fixed where latents are kept."""
         contents = [image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
         processed = [view.process(content, self.processor.max_pixels) for content in contents]
         pixels = self.processor(processed)["pixel_values"]
-        if pixels.ndim == 5:  # (B, V, 3, h, w), V the most crops that an image of this batch has
+        if pixels.ndim == 5 and not self.model.takes_features:  # V the most crops of an image of this batch
             missing = self.processor.num_crops - pixels.shape[1]
             pixels = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing))
         return view.orient(pixels)
