@@ -213,7 +213,7 @@ class LatentCache:
         return encoded.reshape(len(images), *self.shape).half().cpu().numpy()
 
     def _pixels(self, images: list[dict[str, Any]], view: View) -> torch.Tensor:
-        """Pixel values of images in a view, (B, 3, h, w), or (B, V, 3, h, w), V fixed where latents are kept."""
+        """Pixel values of images in a view: (B, 3, h, w) or (B, V, 3, h, w), V fixed for latents."""
         contents = [image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
         processed = [view.process(content, self.processor.max_pixels) for content in contents]
         pixels = self.processor(processed)["pixel_values"]
