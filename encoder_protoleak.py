@@ -120,8 +120,12 @@ class LeakEncoder(nn.Module):
         """What each family's discriminant sees, normalised: (n, S, P) -> (n, S F_family) each, float32"""
         features = self.projected(pooled)
         normalised = self.norm(features.flatten(1).to(self.device)).view_as(features).cpu()
-        sizes = [sum(self.parts[name] for name in family) for family in self.families]
-        return [part.flatten(1) for part in normalised.split(sizes, dim=-1)]
+        return [part.flatten(1) for part in normalised.split(self.family_sizes, dim=-1)]
+
+    @property
+    def family_sizes(self) -> list[int]:
+        """Features of each family."""
+        return [sum(self.parts[name] for name in family) for family in self.families]
 
     @property
     def device(self) -> torch.device:
@@ -138,12 +142,11 @@ class LeakEncoder(nn.Module):
         """
         if absent := sorted({k for d in discriminants for k in d.means.isnan().nonzero()[:, 0].tolist()}):
             raise ValueError(f"discriminants need samples of every class; there are none of classes {absent}")
-        sizes = [sum(self.parts[name] for name in family) for family in self.families]
         for layer in self.projections:
             layer.weight.zero_()
             layer.bias.zero_()
         row, column = 0, 0
-        for discriminant, scale, size in zip(discriminants, scales, sizes, strict=True):
+        for discriminant, scale, size in zip(discriminants, scales, self.family_sizes, strict=True):
             axes = (discriminant.projection * scale).view(self.num_scales, size, -1)  # (S, F_family, A)
             shift = (discriminant.centre @ discriminant.projection) * scale
             used = slice(row, row + axes.shape[2])

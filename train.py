@@ -3,11 +3,11 @@ Train Proto-LeakNet on any image data set with `datasets` and Accelerate.
 
     python train.py                                             # LeakZoo, from scratch
     python train.py --dataset_name FOLDER --output_dir runs/mine
-    python train.py --model_name_or_path . --dataset_name leakzoo FOLDER    # the known classes, and FOLDER's
+    python train.py --model_name_or_path runs/leakzoo --dataset_name leakzoo FOLDER  # add FOLDER's classes
     accelerate launch train.py ...                              # on several processes or machines
 
-Every image passes the VAE once: its latents are cached under the `datasets` cache, keyed by the VAE's
-weights, the image processor and the image files' content.
+Every image passes the VAE once a view: its latents, or what is pooled of them, are cached under the
+`datasets` cache, keyed by all that they depend on.
 """
 
 import dataclasses

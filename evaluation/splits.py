@@ -1,5 +1,5 @@
 """
-Image data sets as `datasets` loads them: splits, labels, and latents that are encoded once and cached.
+Image data sets as `datasets` loads them: splits, labels, groups and sources.
 """
 
 import hashlib

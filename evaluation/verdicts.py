@@ -3,9 +3,9 @@
 import numpy as np
 from scipy.stats import binomtest
 
+from ..calibration_protoleak import REAL
 from .predictions import ORIGINS, Predictions
 
-REAL = "real"
 Counts = dict[str, tuple[int, int]]  # by a rate's name: of how many images it holds, and of how many in all
 
 
