@@ -6,9 +6,11 @@ import http.client
 import io
 import math
 import os
+import urllib.parse
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,10 +23,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", "
 REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
 NUM_CROPS = (1, 4, 9, 16)
 MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
+TIMEOUT = 20.0  # seconds to wait for a URL
 
 
 def open_image(
-    source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = None, name: str | None = None
+    source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = TIMEOUT, name: str | None = None
 ) -> Image.Image:
     """
     Open an image as upright 8-bit RGB, as a viewer shows it.
@@ -33,17 +36,19 @@ def open_image(
     to 8 bits, the first frame of an animation is taken.
 
     Args:
-        source: Path, http(s) URL, base64 or `data:` string, bytes, binary file, PIL image, or an array or
-            tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16
-            in [0, 65535], or floating point in [0, 1].
+        source: Path, http(s) or file URL, base64 or `data:` string, bytes, binary file, a dict with `bytes`
+            or `path` as `datasets` has them, PIL image, or an array or tensor of shape (H, W), (H, W, C) or
+            (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535], or floating point in
+            [0, 1].
         max_pixels (`int`): Larger images are refused before they are decoded.
-        timeout (`float`, *optional*): Seconds to wait for a URL.
+        timeout (`float`, *optional*): Seconds to wait for a URL; without end with `None`.
         name (`str`, *optional*): What errors call it.
 
     Raises:
         OSError: the file is missing, unreadable, truncated, or not an image of an accepted format.
         ValueError: the image is too large, or the array has no image's shape, type or range.
     """
+    source = _addressed(source)
     if name is None:
         name = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     name = name if len(name) <= 200 else name[:200] + "..."
@@ -56,6 +61,18 @@ def open_image(
         return _to_rgb(source, name)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise OSError(f"{name} can't be decoded, it may be truncated or damaged: {error}") from error
+
+
+def _addressed(source: Any) -> Any:
+    """The bytes or the path of a dict of `datasets` or of a file URL; anything else as it is."""
+    if isinstance(source, Mapping):
+        content, path = source.get("bytes"), source.get("path")
+        if content is None and path is None:
+            raise ValueError(f"a dict must have an image's bytes or path; got {sorted(map(str, source))}")
+        return _addressed(path) if content is None else content
+    if isinstance(source, str) and source.startswith("file:"):
+        return urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    return source
 
 
 def open_container(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -87,7 +104,10 @@ def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
     elif isinstance(source, str) and len(source) > 1024 and not os.path.exists(source[:255]):
         source = _from_base64(source, name)
     elif not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
-        raise ValueError(f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}")
+        raise ValueError(
+            f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}. Pass several as "
+            f"one flat list, and of a data set its column of images"
+        )
     try:
         Image.init()
         return Image.open(
@@ -163,6 +183,19 @@ def thumbnail(source: Any, side: int = 64) -> bytes:
     return content.getvalue()
 
 
+class ProtoLeakImagesKwargs(TypedDict, total=False):
+    """What [`ProtoLeakImageProcessor`] takes, once for all or with a call."""
+
+    crop_size: int
+    size: int | dict[str, int]
+    do_resize: bool
+    resample: int
+    num_crops: int
+    max_pixels: int
+    device: str | None
+    return_tensors: str | None
+
+
 class ProtoLeakImageProcessor(BaseImageProcessor):
     r"""
     Turns images into pixel values in [-1, 1].
@@ -180,12 +213,22 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
             follow from its size: along either side as many as fit without overlapping, rounded up, at most
             the root of `num_crops`, spread evenly from edge to edge.
         max_pixels (`int`): Larger images are refused.
+        size (`int` or `dict[str, int]`, *optional*): `crop_size` as other image processors call it: a number,
+            `{"shortest_edge": 256}`, or height and width that are equal. It overrides `crop_size`.
+        device (`str`, *optional*): Where pixel values go.
+
+    Attributes:
+        image_mean, image_std (`list[float]`): What pixel values are normalised by, as in
+            `torchvision.transforms.Normalize`; with `size` all that tutorials read of an image processor.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
 
     model_input_names = ["pixel_values"]
+    valid_kwargs = ProtoLeakImagesKwargs
+    image_mean = [0.5] * 3
+    image_std = [0.5] * 3
 
     def __init__(
         self,
@@ -194,9 +237,12 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         resample: int = Image.Resampling.BICUBIC,
         num_crops: int = 1,
         max_pixels: int = MAX_PIXELS,
+        size: int | Mapping[str, int] | None = None,
+        device: str | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        crop_size = crop_size if size is None else _side(size)
         for argument, value in {
             "crop_size": crop_size,
             "max_pixels": max_pixels,
@@ -210,30 +256,63 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
                 f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}"
             )
         self.crop_size, self.do_resize, self.resample = crop_size, do_resize, int(resample)
-        self.num_crops, self.max_pixels = num_crops, max_pixels
+        self.num_crops, self.max_pixels, self.device = num_crops, max_pixels, device
 
-    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width of a crop."""
+        return {"height": self.crop_size, "width": self.crop_size}
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **changes: Any) -> BatchFeature:
         """
         Args:
-            images: One image or a list of them, anything that [`open_image`] takes.
+            images: One image or several, see [`~ProtoLeakImageProcessor.several`], each anything that
+                [`open_image`] takes.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for a list.
+            changes (*optional*): Arguments of the processor that are others in this call.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, unless
             `num_crops` is 1, (batch_size, V, 3, crop_size, crop_size), V the most crops that an image of the
             batch has, see [`stack_crops`]: float32 in [-1, 1].
         """
-        if kwargs:
-            raise ValueError(f"preprocess takes images and return_tensors; got {sorted(kwargs)}")
-        images = images if isinstance(images, list | tuple) else [images]
-        if not images:
+        processor = self._changed(changes)
+        several = self.several(images)
+        images = [images] if several is None else several
+        if not len(images):
             raise ValueError("images is empty; pass at least one image")
-        pixel_values = stack_crops([self.pixel_values(image) for image in images])
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        pixel_values = stack_crops([processor.pixel_values(image) for image in images])
+        inputs = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        return inputs if processor.device is None else inputs.to(processor.device)
 
-    def open(self, image: Any) -> Image.Image:
+    @staticmethod
+    def several(images: Any) -> Sequence[Any] | None:
+        """
+        The images of a list, a tuple, a column of a data set or an array of four dimensions; `None` where it
+        is one image.
+        """
+        if getattr(images, "ndim", None) == 4:
+            return list(images)
+        return (
+            images
+            if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray)
+            else None
+        )
+
+    def _changed(self, changes: dict[str, Any]) -> "ProtoLeakImageProcessor":
+        """This processor with other arguments."""
+        allowed = self.valid_kwargs.__annotations__
+        if unknown := set(changes) - set(allowed):
+            raise ValueError(f"the image processor takes {', '.join(allowed)}; got {sorted(unknown)}")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not changes:
+            return self
+        own = ("crop_size", "do_resize", "resample", "num_crops", "max_pixels", "device")
+        return type(self)(**{name: getattr(self, name) for name in own} | changes)
+
+    def open(self, image: Any, timeout: float | None = TIMEOUT) -> Image.Image:
         """[`open_image`] within `max_pixels`."""
-        return open_image(image, self.max_pixels)
+        return open_image(image, self.max_pixels, timeout)
 
     def pixel_values(self, image: Any) -> np.ndarray:
         """
@@ -287,8 +366,21 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         return [postprocess(image, name, value) for name, value in REENCODINGS]
 
     def to_dict(self) -> dict[str, Any]:
-        name = type(self).__name__
-        return super().to_dict() | {"auto_map": {"AutoImageProcessor": f"image_processing_protoleak.{name}"}}
+        name, values = type(self).__name__, super().to_dict()
+        values.pop("device", None)  # it is the machine's, not the checkpoint's
+        return values | {"auto_map": {"AutoImageProcessor": f"image_processing_protoleak.{name}"}}
+
+
+def _side(size: Any) -> Any:
+    """The side of a crop from what other image processors call `size`."""
+    sides = set(size.values()) if isinstance(size, Mapping) else {size}
+    allowed = not isinstance(size, Mapping) or set(size) in ({"shortest_edge"}, {"height", "width"})
+    if not allowed or len(sides) != 1:
+        raise ValueError(
+            f"size must be a number, {{'shortest_edge': number}}, or equal height and width; "
+            f"got size={size!r}"
+        )
+    return sides.pop()
 
 
 def stack_crops(images: list[np.ndarray]) -> np.ndarray:

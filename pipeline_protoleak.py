@@ -6,6 +6,7 @@ This module imports no other of the package: diffusers loads it alone.
 """
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ RECORD_FIELDS = (
     "verdict", "origin", "label", "score", "is_unknown", "p_value", "generated_p_value", "open_set_score",
     "prediction_set", "ruled_out", "attributions",
 )  # fmt: skip
+VERDICT_OPTIONS = ("alpha", "camera_alpha", "top_k")
 LISTS = (  # what a diffusers output has of all records, as lists
     "label", "verdict", "origin", "score", "open_set_score", "p_value", "generated_p_value",
 )  # fmt: skip
@@ -145,11 +147,13 @@ class ImageAttributionPipeline(Pipeline):
     Which known generator made an image, or none: `pipeline("image-attribution", model=...,
     trust_remote_code=True)`.
 
-    Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), or a list of them, and
-    returns a record or a list of records, see [`attribution_record`]. `alpha=` and `camera_alpha=` override
-    the config's levels of the verdict. With `explain=True` a record also has `explanation`: what
-    [`ProtoLeakForImageAttribution.explain`] tells, and `stability`, the verdict on the image after each of
-    the processor's `REENCODINGS`, with how many of how many agree; each image is then run alone with these.
+    Takes what [`ProtoLeakImageProcessor`] takes (path, URL, bytes, PIL image, array), and returns its record,
+    see [`attribution_record`]; or several (a list, a tuple, a column of a data set), and returns a list of
+    records. `timeout=` is how many seconds a URL may take, `top_k=` how many classes a record's attributions
+    have at most; `alpha=` and `camera_alpha=` override the config's levels of the verdict. With
+    `explain=True` a record also has `explanation`: what [`ProtoLeakForImageAttribution.explain`] tells, and
+    `stability`, the verdict on the image after each of the processor's `REENCODINGS`, with how many of how
+    many agree; each image is then run alone with these.
     """
 
     _load_processor = False
@@ -165,34 +169,36 @@ class ImageAttributionPipeline(Pipeline):
                 f"Other classifiers run under 'image-classification'"
             )
 
-    def _sanitize_parameters(self, explain: bool | None = None, **levels: float | None):
-        if unknown := set(levels) - {"alpha", "camera_alpha"}:
+    def _sanitize_parameters(self, **options: Any):
+        if unknown := set(options) - {"explain", "timeout", *VERDICT_OPTIONS}:
             raise ValueError(
-                f"the {TASK} pipeline takes alpha, camera_alpha and explain besides the inputs; got "
-                f"{sorted(unknown)}"
+                f"the {TASK} pipeline takes {', '.join(VERDICT_OPTIONS)}, timeout and explain besides the "
+                f"inputs; got {sorted(unknown)}"
             )
-        levels = {name: level for name, level in levels.items() if level is not None}
-        for name, level in levels.items():
-            if not 0 < level < 1:
-                raise ValueError(f"{name} must be in (0, 1); got {name}={level!r}")
-        steps = {} if explain is None else {"explain": explain}
-        return steps, {}, steps | levels
+        options = {name: value for name, value in options.items() if value is not None}
+        check_options(options)
+        before = {name: options[name] for name in ("explain", "timeout") if name in options}
+        options.pop("timeout", None)
+        return before, {}, options
 
     def __call__(self, inputs: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Attribute one image, or a list of images."""
-        if isinstance(inputs, list | tuple) and not inputs:
+        several = self.image_processor.several(inputs)
+        if several is not None and not len(several):
             return []
         if kwargs.get("explain", self._preprocess_params.get("explain")):
             kwargs["batch_size"] = 1  # of one image and its re-encodings
-        return super().__call__(inputs, **kwargs)
+        if several is None or isinstance(several, list):
+            return super().__call__(inputs if several is None else several, **kwargs)
+        return list(super().__call__((image for image in several), **kwargs))  # opened one after another
 
-    def preprocess(self, image: Any, explain: bool = False) -> dict[str, Any]:
-        size = {}
+    def preprocess(self, image: Any, explain: bool = False, **timeout: float) -> dict[str, Any]:
+        image = self.image_processor.open(image, **timeout)
+        images, size = [image], {}
         if explain:
-            image = self.image_processor.open(image)
             size = {"image_size": image.size}
-            image = [image, *self.image_processor.reencoded(image)]
-        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
+            images += self.image_processor.reencoded(image)
+        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
         # transformers fills tensors of different lengths up with zeros, but for those named "pixel_values"
         return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | size
 
@@ -204,8 +210,8 @@ class ImageAttributionPipeline(Pipeline):
             output["image_size"] = size
         return output
 
-    def postprocess(self, model_outputs, explain: bool = False, **levels: float) -> dict[str, Any]:
-        record, *others = records_of(model_outputs, self.model.config, **levels)
+    def postprocess(self, model_outputs, explain: bool = False, **options: Any) -> dict[str, Any]:
+        record, *others = records_of(model_outputs, self.model.config, **options)
         if explain:
             boxes = self.image_processor.crop_boxes(*model_outputs["image_size"])
             crop_boxes = [boxes] * len(model_outputs["logits"])
@@ -214,13 +220,33 @@ class ImageAttributionPipeline(Pipeline):
         return record
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Raise `ValueError` unless `timeout` and what of `VERDICT_OPTIONS` is given are in their range."""
+    timeout = options.get("timeout")
+    if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+        raise ValueError(f"timeout must be a number of seconds above 0; got timeout={timeout!r}")
+    for name in ("alpha", "camera_alpha"):
+        level = options.get(name)
+        if level is not None and not (isinstance(level, Real) and 0 < level < 1):
+            raise ValueError(f"{name} must be a number in (0, 1); got {name}={level!r}")
+    top_k = options.get("top_k")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1; got top_k={top_k!r}")
+
+
 def records_of(
-    output, config, alpha: float | None = None, camera_alpha: float | None = None
+    output,
+    config,
+    alpha: float | None = None,
+    camera_alpha: float | None = None,
+    top_k: int | None = None,
 ) -> list[dict[str, Any]]:
     """
     The records of a batch, from an `ImageAttributionOutput`, at the config's levels or at other ones. Where
     the open-set score is the paper's, the KDE of embeddings, they also have it as `log_density`, in nats.
+    With `top_k` they have the likeliest attributions alone.
     """
+    check_options({"alpha": alpha, "camera_alpha": camera_alpha, "top_k": top_k})
     has_verdict = output.get("p_values") is not None
     levels = {
         "alpha": config.alpha if alpha is None else alpha,
@@ -244,7 +270,7 @@ def records_of(
     ]
     if has_verdict and config.open_set_scores == KDE_OF_EMBEDDINGS:
         records = [record | {"log_density": record["open_set_score"]} for record in records]
-    return records
+    return [record | {"attributions": record["attributions"][:top_k]} for record in records]
 
 
 def stability(record: dict[str, Any], treatments: list[str], others: list[dict[str, Any]]) -> dict[str, Any]:
@@ -322,21 +348,30 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         camera_alpha: float | None = None,
         output_latents: bool = False,
         return_dict: bool = True,
+        top_k: int | None = None,
+        timeout: float | None = None,
     ) -> ProtoLeakPipelineOutput | tuple:
         """
         Args:
-            images: One image or a list of them: path, URL, bytes, PIL image, array.
+            images: One image or several, as [`ImageAttributionPipeline`] takes them.
             batch_size (`int`): Images that go through the VAE together.
             alpha, camera_alpha (`float`, *optional*): Levels of the verdict, instead of the config's.
+            top_k (`int`, *optional*): How many classes a record's attributions have at most.
+            timeout (`float`, *optional*): How many seconds a URL may take, instead of the processor's.
             output_latents (`bool`): Whether to return the re-simulated latents of every timestep.
         """
-        model = self._prepare()
-        images = images if isinstance(images, list | tuple) else [images]
+        levels = {"alpha": alpha, "camera_alpha": camera_alpha, "top_k": top_k}
+        check_options(levels | {"timeout": timeout})
+        model, processor = self._prepare(), self._image_processor
+        several = processor.several(images)
+        images = [images] if several is None else several
+        waiting = {} if timeout is None else {"timeout": timeout}
         records, latents = [], []
         for start in self.progress_bar(range(0, len(images), batch_size)):
-            pixel_values = self._image_processor(images[start : start + batch_size])["pixel_values"]
-            output = model(pixel_values.to(self.vae.device), output_noisy_latents=output_latents)
-            records += records_of(output, model.config, alpha, camera_alpha)
+            opened = [processor.open(image, **waiting) for image in images[start : start + batch_size]]
+            pixel_values = processor(opened)["pixel_values"].to(self.vae.device)
+            output = model(pixel_values, output_noisy_latents=output_latents)
+            records += records_of(output, model.config, **levels)
             latents.append(output.get("noisy_latents"))
         result = ProtoLeakPipelineOutput(
             **{f"{name}s": [record[name] for record in records] for name in LISTS},

@@ -1,7 +1,9 @@
 import base64
 import functools
 import http.server
+import inspect
 import io
+import socket
 import threading
 
 import numpy as np
@@ -25,6 +27,7 @@ def test_every_way_to_pass_an_image_gives_the_same_pixels(photo, processor, tmp_
     text = base64.b64encode(content).decode()
     sources = [photo, path, str(path), content, io.BytesIO(content), array, array.transpose(2, 0, 1)]
     sources += [torch.from_numpy(array.copy()), text, f"data:image/png;base64,{text}"]
+    sources += [path.as_uri(), {"bytes": content, "path": None}, {"bytes": None, "path": str(path)}]
     expected = processor(photo)["pixel_values"]
     for source in sources:
         assert torch.equal(processor(source)["pixel_values"], expected), type(source)
@@ -41,6 +44,43 @@ def test_urls_are_fetched(photo, processor, tmp_path):
         with pytest.raises(OSError, match=r"missing\.png.*404"):
             processor(f"{url}/missing.png")
         server.shutdown()
+
+
+def test_a_url_that_never_answers_is_given_up(photo):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes calls, and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/photo.png"
+        with pytest.raises(OSError, match="can't be fetched: timed out"):
+            open_image(url, timeout=0.1)
+    assert 0 < inspect.signature(open_image).parameters["timeout"].default < 60
+
+
+def test_a_dict_without_an_image_is_refused():
+    with pytest.raises(ValueError, match=r"bytes or path; got \['image', 'label'\]"):
+        open_image({"image": 1, "label": 2})
+
+
+def test_it_is_called_as_other_image_processors_are(photo, tmp_path):
+    processor = ProtoLeakImageProcessor(crop_size=32)
+    expected = ProtoLeakImageProcessor(crop_size=16, do_resize=False)(photo)["pixel_values"]
+    for size in (16, {"shortest_edge": 16}, {"height": 16, "width": 16}):
+        assert torch.equal(processor(photo, size=size, do_resize=False)["pixel_values"], expected), size
+        assert ProtoLeakImageProcessor(size=size).crop_size == 16
+    assert processor.crop_size == 32, "a call changes that call alone"
+    assert processor(photo, device="meta")["pixel_values"].is_meta
+    processor.save_pretrained(tmp_path)
+    loaded = ProtoLeakImageProcessor.from_pretrained(tmp_path, size=16, do_resize=False, device="cpu")
+    assert torch.equal(loaded(photo)["pixel_values"], expected)
+    assert loaded.size == {"height": 16, "width": 16}
+    assert "device" not in loaded.to_dict()
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (processor.image_mean, processor.image_std))
+    pixels = np.asarray(photo.crop((8, 4, 40, 36)), np.float32).transpose(2, 0, 1) / 255
+    values = processor(photo.crop((8, 4, 40, 36)))["pixel_values"][0]
+    np.testing.assert_allclose(values, (pixels - mean) / std, atol=1e-6)
+    with pytest.raises(ValueError, match=r"takes crop_size.* got \['mean'\]"):
+        processor(photo, mean=0)
+    for size in ({"longest_edge": 16}, {"height": 16, "width": 24}, "large"):
+        with pytest.raises(ValueError, match="size must be"):
+            processor(photo, size=size)
 
 
 def test_pixel_values_are_the_pixels_from_minus_one_to_one():

@@ -6,10 +6,18 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
+from protoleak.checkpoint_protoleak import make_scheduler
 from protoleak.cli import main
-from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record, verdict_sentence
+from protoleak.pipeline_protoleak import (
+    RECORD_FIELDS,
+    ProtoLeakDiffusionPipeline,
+    attribution_record,
+    verdict_sentence,
+)
 from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
@@ -215,11 +223,65 @@ def test_alpha_moves_the_verdict(fitted_model, processor, photo):
     assert p_value == 0.5
     assert attribute(photo, alpha=p_value)["is_unknown"]
     assert not attribute(photo, alpha=p_value - 1e-6)["is_unknown"]
-    for name in ("alpha", "camera_alpha"):
-        with pytest.raises(ValueError, match=f"^{name} must be"):
-            attribute(photo, **{name: 2})
-    with pytest.raises(ValueError, match="top_k"):
-        attribute(photo, top_k=2)
+
+
+def in_diffusers(model, processor) -> ProtoLeakDiffusionPipeline:
+    """The pipeline of diffusers around a model in memory."""
+    pipe = ProtoLeakDiffusionPipeline(model.vae, make_scheduler(model.config), model)
+    pipe._prepare, pipe._image_processor = lambda: model, processor
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("option", ["alpha", "camera_alpha", "top_k", "timeout", "top_p"])
+def test_an_option_out_of_range_is_named(fitted_model, processor, photo, option):
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    diffusion = in_diffusers(fitted_model, processor)
+    for value in ("0.1", 0, -2, [0.1]):
+        with pytest.raises(ValueError, match=option):
+            attribute(photo, **{option: value})
+        if option != "top_p":
+            with pytest.raises(ValueError, match=f"^{option} must be"):
+                diffusion(photo, **{option: value})
+
+
+def test_top_k_limits_attributions_alone(fitted_model, processor, photo):
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    whole, cut = attribute(photo), attribute(photo, top_k=2)
+    assert cut["attributions"] == whole["attributions"][:2]
+    assert cut | {"attributions": 0} == whole | {"attributions": 0}
+    assert attribute(photo, top_k=99) == whole
+
+
+def test_several_images_come_in_any_container(fitted_model, processor, tmp_path):
+    """None of them is lost, and one image has a record rather than a list."""
+    images = [np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8) for i in range(3)]
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file)
+    paths = Dataset.from_dict({"image": list(map(str, files))})
+    encoded = paths.cast_column("image", ImageFeature(decode=False))
+    containers = {
+        "tuple": tuple(images),
+        "array": np.stack(images),
+        "URLs": [file.as_uri() for file in files],
+        "column": encoded.cast_column("image", ImageFeature())["image"],
+        "encoded column": encoded["image"],
+    }
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    diffusion = in_diffusers(fitted_model, processor)
+    expected = [attribute(image) for image in images]
+    for name, container in containers.items():
+        assert attribute(container) == expected, name
+        scores = diffusion(container, batch_size=2).open_set_scores
+        assert scores == pytest.approx([record["open_set_score"] for record in expected]), name
+        assert attribute(container[0]) == expected[0], name
+    assert attribute(()) == attribute(encoded.select([])["image"]) == []
+    for call in (attribute, diffusion):
+        with pytest.raises(ValueError, match="got list. Pass several as one flat list"):
+            call([images[:2], images[2:]])
+        with pytest.raises(ValueError, match="got Dataset.*column of images"):
+            call(encoded)
 
 
 SNIPPET = """
