@@ -24,6 +24,8 @@ def attribute(arguments: argparse.Namespace) -> int:
             records.append(record)
 
     attributor = Attributor(arguments.model, arguments.revision)
+    if attributor.is_main_process:
+        print(format_scope(attributor.network.config.scope_title), file=sys.stderr, flush=True)
     options = (arguments.resume, arguments.batch_size, arguments.workers)
     try:
         counts = scan(attributor, images, output, *options, on_record=show)
@@ -67,14 +69,14 @@ def explain(arguments: argparse.Namespace) -> int:
     from .image_processing_protoleak import find_images
 
     examiner = Examiner(arguments.model, arguments.revision)
-    failed = 0
+    scope, failed = format_scope(examiner.network.config.scope_title), 0
     for file in find_images(arguments.images):
         record = examiner.examine(file)
         failed += record["error"] is not None
         if arguments.format == "json":
             print(json.dumps(record), flush=True)
         else:
-            print(format_row(record), *explanation_lines(record), "", sep="\n", flush=True)
+            print(format_row(record), *explanation_lines(record), scope, "", sep="\n", flush=True)
     return 1 if failed else 0
 
 
@@ -186,6 +188,11 @@ def format_row(record: dict[str, Any]) -> str:
     known, ruled_out = len(record["attributions"]), record["ruled_out"] or []
     rules_out = f"; rules out {len(ruled_out)} of {known}" if ruled_out and not record["is_unknown"] else ""
     return f"{name:<30} {p_value:<16} {record['verdict']} ({best}{rules_out})"
+
+
+def format_scope(scope: str | None) -> str:
+    """What images the verdicts are valid for."""
+    return f"scope: {scope or 'not told by this checkpoint'}"
 
 
 # --- arguments ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ FEATURES = ("embeddings", "statistics")
 OPEN_SET_SCORES = ("kde", "l2_kde", "l2_mahalanobis")
 LARGEST_SCALE = 8
 LARGEST = 65536  # of any size, so that a hostile config can't ask for all memory
+LONGEST_TEXT, LONGEST_LIST = 1000, 100  # of what a scope tells
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 SIZES = ("embedding_size", "latent_channels", "num_prototypes", "num_train_timesteps", "patch_size")
 NUMBERS = (
@@ -90,6 +91,9 @@ class ProtoLeakConfig(PreTrainedConfig):
         camera_alpha (`float`, defaults to 0.01):
             Level of "a camera", in (0, 1): it is said only where the conformal p-value of "made by a
             generator, known or not" is at most camera_alpha besides.
+        scope (`dict`, *optional*): What images the checkpoint is valid for, as training wrote it; any of
+            `trained_on`, `kind` (texts), `images`, `sources` (counts), `formats` (list of texts), `sizes`
+            (shortest and longest side in pixels) and `limits` (texts: what its calibration can never say).
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -125,6 +129,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     open_set_scores: dict[str, str] | None = None
     alpha: float = 0.05
     camera_alpha: float = 0.01
+    scope: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.timesteps, self.temperature_range = list(self.timesteps), list(self.temperature_range)
@@ -152,6 +157,11 @@ class ProtoLeakConfig(PreTrainedConfig):
     def open_set_title(self) -> str:
         """The open-set scores in words."""
         return " and ".join(f"{score} of {features}" for features, score in self.open_set_scores.items())
+
+    @property
+    def scope_title(self) -> str | None:
+        """The scope in a sentence or more, which is shown with every verdict; `None` where none is told."""
+        return scope_in_words(self.scope) if self.scope else None
 
     @property
     def noise_schedule(self) -> dict:
@@ -205,6 +215,7 @@ class ProtoLeakConfig(PreTrainedConfig):
             "beta_start", 0 < self.beta_start <= self.beta_end, f"a number in (0, beta_end = {self.beta_end}]"
         )
         self._require("beta_end", self.beta_end < 1, "a number below 1")
+        self._require("scope", self.scope is None or _is_scope(self.scope), f"of some of {tuple(IN_SCOPE)}")
 
     def _require(self, name: str, holds: bool, allowed: str):
         if not holds:
@@ -213,6 +224,56 @@ class ProtoLeakConfig(PreTrainedConfig):
 
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value) -> bool:
+    """A line that a terminal shows as it is."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_TEXT
+
+
+def _is_count(value) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_list(values, holds) -> bool:
+    return isinstance(values, list | tuple) and len(values) <= LONGEST_LIST and all(map(holds, values))
+
+
+IN_SCOPE = {  # what a scope may tell, and whether a value of it is one
+    "trained_on": _is_text,
+    "kind": _is_text,
+    "images": _is_count,
+    "sources": _is_count,
+    "formats": lambda values: _is_list(values, _is_text),
+    "sizes": lambda values: _is_list(values, _is_count) and len(values) == 2,
+    "limits": lambda values: _is_list(values, _is_text),
+}
+
+
+def _is_scope(scope) -> bool:
+    return isinstance(scope, dict) and all(
+        name in IN_SCOPE and IN_SCOPE[name](value) for name, value in scope.items()
+    )
+
+
+def scope_in_words(scope: dict) -> str:
+    """
+    What images a checkpoint is valid for, from what it was trained on, see `scope` of [`ProtoLeakConfig`].
+
+    "valid for images like the 2,497 that it was trained on (wild; 42 sources; JPEG; 256 x 256 pixels); of
+    others its error rates are not known"
+    """
+    facts = [scope.get("trained_on"), scope.get("kind")]
+    if sources := scope.get("sources"):
+        facts.append(f"{sources} source{'s' if sources > 1 else ''}")
+    facts.append(" and ".join(scope.get("formats") or []))
+    if sizes := scope.get("sizes"):
+        low, high = sizes
+        facts.append(f"{low} x {high} pixels" if low == high else f"sides of {low} to {high} pixels")
+    told = "; ".join(filter(None, facts))
+    these = f"the {scope['images']:,}" if "images" in scope else "those"
+    like = f"valid for images like {these} that it was trained on{f' ({told})' if told else ''}"
+    return ". ".join([f"{like}; of others its error rates are not known", *(scope.get("limits") or [])])
 
 
 __all__ = ["ProtoLeakConfig"]

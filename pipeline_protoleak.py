@@ -23,7 +23,7 @@ LISTED = 3  # so many classes at most are named in a verdict
 KDE_OF_EMBEDDINGS = {"embeddings": "kde"}  # the open-set score that is a log density in nats
 RECORD_FIELDS = (
     "verdict", "origin", "label", "score", "is_unknown", "p_value", "generated_p_value", "open_set_score",
-    "prediction_set", "ruled_out", "attributions",
+    "prediction_set", "ruled_out", "attributions", "scope",
 )  # fmt: skip
 VERDICT_OPTIONS = ("alpha", "camera_alpha", "top_k")
 LISTS = (  # what a diffusers output has of all records, as lists
@@ -40,6 +40,7 @@ def attribution_record(
     generated_p_value: float | None,
     alpha: float,
     camera_alpha: float,
+    scope: str | None = None,
 ) -> dict[str, Any]:
     """
     One attribution as plain values.
@@ -53,6 +54,7 @@ def attribution_record(
         alpha (`float`): The verdict is "unknown" when `p_value <= alpha`, and a class is ruled out when its
             p-value is.
         camera_alpha (`float`): "camera" needs `generated_p_value <= camera_alpha`.
+        scope (`str`, *optional*): What images the model is valid for, in words.
 
     Returns:
         `dict` with
@@ -67,7 +69,8 @@ def attribution_record(
           `is_unknown`, `None` without a detector;
         - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, and all
           generators for a camera, likeliest first; `None` without a detector;
-        - attributions: every known class with its probability.
+        - attributions: every known class with its probability;
+        - scope: as it was given.
     """
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
@@ -88,6 +91,7 @@ def attribution_record(
         "prediction_set": sets[0],
         "ruled_out": sets[1],
         "attributions": attributions,
+        "scope": scope,
     }
     record["origin"] = _origin(record, camera_alpha)
     return {"verdict": verdict_sentence(record)} | record
@@ -264,6 +268,7 @@ def records_of(
             p_value=value("p_values", i),
             class_p_values=output["class_p_values"][i] if has_verdict else None,
             generated_p_value=value("generated_p_values", i),
+            scope=config.scope_title,
             **levels,
         )
         for i in range(len(output["logits"]))

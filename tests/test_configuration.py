@@ -37,6 +37,11 @@ from .conftest import TEXTURE, tiny_config
         ("scales", [1, 2]),  # not with pooling="mean"
         ("patch_size", 0),
         ("camera_alpha", 0),
+        ("scope", {"trained_on": 3}),
+        ("scope", {"trained_on": "\x1b[2Jwild"}),
+        ("scope", {"sizes": [64]}),
+        ("scope", {"limits": "none"}),
+        ("scope", {"anything": "else"}),
     ],
 )
 def test_wrong_values_are_named(field, value):
@@ -63,6 +68,39 @@ def test_a_config_survives_saving(overrides, tmp_path):
     config = tiny_config(alpha=0.01, **overrides)
     config.save_pretrained(tmp_path)
     assert ProtoLeakConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+SCOPE = {
+    "trained_on": "wild",
+    "kind": "crops of photographs",
+    "images": 2497,
+    "sources": 42,
+    "formats": ["JPEG", "PNG"],
+    "sizes": [64, 256],
+    "limits": ["no image can be called unknown"],
+}
+
+
+@pytest.mark.parametrize(
+    ("scope", "words"),
+    [
+        (
+            SCOPE,
+            "valid for images like the 2,497 that it was trained on (wild; crops of photographs; 42 sources; "
+            "JPEG and PNG; sides of 64 to 256 pixels); of others its error rates are not known. "
+            "no image can be called unknown",
+        ),
+        (
+            {"sources": 1, "sizes": [256, 256]},
+            "valid for images like those that it was trained on (1 source; 256 x 256 pixels); of others its "
+            "error rates are not known",
+        ),
+        (None, None),
+    ],
+)
+def test_a_scope_is_saved_and_said_in_words(scope, words, tmp_path):
+    tiny_config(scope=scope).save_pretrained(tmp_path)
+    assert ProtoLeakConfig.from_pretrained(tmp_path).scope_title == words
 
 
 def test_the_backbone_takes_the_latent_channels():

@@ -350,6 +350,23 @@ def test_attribute_takes_images_of_different_sizes_in_one_batch(checkpoint, tmp_
     assert all(record["verdict"] for record in records)
 
 
+def test_the_scope_is_shown_with_every_verdict(processor, images, tmp_path, capsys):
+    """In the pipeline's and the command's records, and on the terminal; none is made up."""
+    model = tiny_model(scope={"trained_on": "wild", "images": 2497})
+    fit_random_detector(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    words = "valid for images like the 2,497 that it was trained on (wild)"
+    image, named = str(images / "0.png"), ["--model", str(tmp_path / "checkpoint")]
+    assert main(["attribute", image, *named, "--output", str(tmp_path / "records.jsonl")]) == 0
+    assert json.loads((tmp_path / "records.jsonl").read_text())["scope"].startswith(words)
+    assert f"scope: {words}" in capsys.readouterr().err
+    assert main(["explain", image, *named]) == 0
+    assert f"scope: {words}" in capsys.readouterr().out
+    model.config.scope = None
+    assert ImageAttributionPipeline(model=model, image_processor=processor)(image)["scope"] is None
+
+
 def test_attribute_prints_a_table(checkpoint, images, capsys):
     assert main(["attribute", str(images / "0.png"), str(images / "2.png"), "--model", str(checkpoint)]) == 0
     lines = capsys.readouterr().out.splitlines()
