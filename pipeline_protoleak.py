@@ -46,8 +46,7 @@ def attribution_record(
     One attribution as plain values.
 
     Args:
-        probabilities: Of the known classes, (K,), summing to 1.
-        labels (`list[str]`): Their names.
+        probabilities, labels (`list[str]`): Of the known classes, (K,), summing to 1, and their names.
         open_set_score, p_value, generated_p_value (`float`, *optional*): As in `ImageAttributionOutput`;
             `None` for a model without a detector, which then never answers "unknown".
         class_p_values (*optional*): Label-conditional p-values, (K,).
@@ -69,8 +68,7 @@ def attribution_record(
           `is_unknown`, `None` without a detector;
         - ruled_out: the classes with a p-value of at most alpha that are not in the prediction set, and all
           generators for a camera, likeliest first; `None` without a detector;
-        - attributions: every known class with its probability;
-        - scope: as it was given.
+        - attributions: every known class with its probability; and scope.
     """
     order = probabilities.argsort(descending=True).tolist()
     attributions = [{"label": labels[k], "score": float(probabilities[k])} for k in order]
