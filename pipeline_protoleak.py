@@ -50,8 +50,7 @@ def attribution_record(
         open_set_score, p_value, generated_p_value (`float`, *optional*): As in `ImageAttributionOutput`;
             `None` for a model without a detector, which then never answers "unknown".
         class_p_values (*optional*): Label-conditional p-values, (K,).
-        alpha (`float`): The verdict is "unknown" when `p_value <= alpha`, and a class is ruled out when its
-            p-value is.
+        alpha (`float`): "unknown" needs `p_value <= alpha`, and what rules a class out is its own p-value.
         camera_alpha (`float`): "camera" needs `generated_p_value <= camera_alpha`.
         scope (`str`, *optional*): What images the model is valid for, in words.
 
@@ -60,8 +59,7 @@ def attribution_record(
         - verdict: all in one sentence;
         - origin: "camera", where "real" is likeliest and `camera_alpha` rules out all generators, known or
           not; "generated", where "real" is ruled out; else "can't tell". `None` without "real" or a detector;
-        - label: a known class, or "unknown";
-        - score: the probability of that class among the known ones; for "unknown" 1 - p_value;
+        - label, score: a known class and its probability among these, or "unknown" and 1 - p_value;
         - is_unknown, p_value, generated_p_value, open_set_score;
         - prediction_set: the likeliest class and every other with a p-value above alpha, likeliest first; of
           images by a class, like its calibration images, at least 1 - alpha have it in their set. Empty when
