@@ -66,7 +66,7 @@ def _tell_counts(arguments: argparse.Namespace, counts: dict[str, int]) -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """`protoleak explain`: the verdict on each image, and the reasons."""
     from .forensics.report import Examiner, explanation_lines
-    from .image_processing_protoleak import find_images
+    from .image_files_protoleak import find_images
 
     examiner = Examiner(arguments.model, arguments.revision)
     scope, failed = format_scope(examiner.network.config.scope_title), 0
@@ -97,7 +97,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _find(paths: list[str]) -> list[Path]:
-    from .image_processing_protoleak import find_images
+    from .image_files_protoleak import find_images
 
     files = find_images(paths)
     if not files:

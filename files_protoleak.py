@@ -1,12 +1,86 @@
-"""Writing files so that nothing is lost: under another name first, moved when they are whole."""
+"""
+Files: read where they are regular ones, written under another name first and moved when they are whole, and
+their names, which are bytes, as text.
+"""
 
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+MAX_BYTES = 1 << 30  # of one file that is read into memory
+# controls, bytes that are not UTF-8 (as Python keeps them), separators of lines, and what turns the direction
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4})")
+
+
+def printable(text: str) -> str:
+    r"""
+    Text that a terminal, a table and any encoding of Unicode take as it is: each control, and each byte that
+    is not UTF-8, is escaped, `\x1b` for a byte and `\u202e` for a character.
+    """
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match) -> str:
+    code = ord(match[0])
+    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{byte:02x}" if byte < 0x80 or byte != code else f"\\u{code:04x}"
+
+
+def shown_name(path: str | os.PathLike) -> str:
+    """A path as [`printable`] text that [`path_of`] turns back; a backslash in a name is doubled for that."""
+    name = os.fspath(path)
+    return printable(name if os.sep == "\\" else name.replace("\\", "\\\\"))
+
+
+def path_of(name: str) -> Path:
+    """The file that [`shown_name`] shows as `name`."""
+    return Path(name if os.sep == "\\" else ESCAPE.sub(_unescape, name))
+
+
+def _unescape(match: re.Match) -> str:
+    kind, digits = match[1][0], match[1][1:]
+    if kind == "\\":
+        return kind
+    code = int(digits, 16)
+    return chr(0xDC00 + code if kind == "x" and code >= 0x80 else code)
+
+
+def read_file(path: str | os.PathLike, name: str | None = None) -> bytes:
+    """
+    The content of a regular file; others, such as pipes and devices, could be waited for for ever.
+
+    Args:
+        name (`str`, *optional*): What errors call it.
+
+    Raises:
+        FileNotFoundError: there is none, or only a link to one that is gone.
+        OSError: it is no regular file, larger than `MAX_BYTES`, or can't be read.
+    """
+    name = shown_name(path) if name is None else name
+    try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(f"{name} is {_kind(facts.st_mode)}, and no regular file")
+        if facts.st_size > MAX_BYTES:
+            raise OSError(f"{name} has {facts.st_size} bytes; files of up to {MAX_BYTES} are read")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        gone = f" (a link to {shown_name(os.readlink(path))})" if os.path.islink(path) else ""
+        raise FileNotFoundError(f"{name}: no such file{gone}") from error
+    except OSError as error:
+        raise error if error.errno is None else OSError(f"{name} can't be read: {error.strerror}") from error
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:

@@ -1,25 +1,21 @@
 """From any image to pixel values: the one place where images are opened and checked."""
 
-import base64
-import binascii
-import http.client
 import io
 import math
 import os
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .files_protoleak import shown_name
+from .image_files_protoleak import open_encoded
 from .postprocessing_protoleak import postprocess
 
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
 NUM_CROPS = (1, 4, 9, 16)
 MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
@@ -45,22 +41,26 @@ def open_image(
         name (`str`, *optional*): What errors call it.
 
     Raises:
-        OSError: the file is missing, unreadable, truncated, or not an image of an accepted format.
-        ValueError: the image is too large, or the array has no image's shape, type or range.
+        OSError: the file is missing, no regular file, unreadable, truncated, or not an image.
+        ValueError: the image is too large, or the array, or an image's values, have no image's shape, type or
+            range.
     """
     source = _addressed(source)
     if name is None:
-        name = repr(source) if isinstance(source, str | os.PathLike) else type(source).__name__
-    name = name if len(name) <= 200 else name[:200] + "..."
+        name = shown_name(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+    name = name if len(name) <= 200 else f"...{name[-200:]}"
     if not isinstance(source, Image.Image):
         if hasattr(source, "__array__"):
-            return _to_rgb(_from_array(np.asarray(source)), name)
-        source = _open_encoded(source, name, timeout)
+            return _to_rgb(_from_array(np.asarray(source), name))
+        source = open_encoded(source, name, timeout)
     _check_size(source, name, max_pixels)
     try:
-        return _to_rgb(source, name)
+        image = ImageOps.exif_transpose(source)
+        is_wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        image = np.asarray(image) if is_wide else _to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise OSError(f"{name} can't be decoded, it may be truncated or damaged: {error}") from error
+    return _to_rgb(_from_array(image, name)) if is_wide else image
 
 
 def _addressed(source: Any) -> Any:
@@ -77,7 +77,7 @@ def _addressed(source: Any) -> Any:
 
 def open_container(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file's content, its pixels not decoded; [`open_image`] tells what is refused."""
-    image = _open_encoded(content, name, None)
+    image = open_encoded(content, name)
     _check_size(image, name, max_pixels)
     return image
 
@@ -90,49 +90,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _open_encoded(source: Any, name: str, timeout: float | None) -> Image.Image:
-    if isinstance(source, bytes | bytearray):
-        source = io.BytesIO(source)
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(source, timeout=timeout) as response:
-                source = io.BytesIO(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise OSError(f"{name} can't be fetched: {error}") from error
-    elif isinstance(source, str) and source.startswith("data:"):
-        source = _from_base64(source.partition(",")[2], name)
-    elif isinstance(source, str) and len(source) > 1024 and not os.path.exists(source[:255]):
-        source = _from_base64(source, name)
-    elif not isinstance(source, str | os.PathLike) and not hasattr(source, "read"):
-        raise ValueError(
-            f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}. Pass several as "
-            f"one flat list, and of a data set its column of images"
-        )
-    try:
-        Image.init()
-        return Image.open(
-            source, formats=[name for name in FORMATS if name in Image.OPEN]
-        )  # AVIF is not in every build
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise OSError(f"{name} is not an image of an accepted format ({', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:  # as above, of headers
-        raise OSError(f"{name} can't be opened, it may be damaged: {error}") from error
-
-
-def _from_base64(text: str, name: str) -> io.BytesIO:
-    try:
-        return io.BytesIO(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise OSError(f"{name} is neither a path, a URL nor base64: {error}") from error
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
@@ -141,10 +99,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise ValueError(
             f"an array must be (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4; got shape {array.shape}"
         )
-    return Image.fromarray(_to_uint8(array))
+    return Image.fromarray(_to_uint8(array, name))
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
+def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
@@ -159,15 +117,12 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 65535:
         return (array // 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
     raise ValueError(
-        f"values must be uint8, uint16, or floating point in [0, 1]; "
-        f"got {array.dtype} within [{array.min()}, {array.max()}]"
+        f"{name}: values must be uint8, uint16, or floating point in [0, 1]; "
+        f"got {array.dtype} within [{array.min()}, {array.max()}]; scale them to one of these"
     )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_uint8(np.asarray(image)))
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -405,26 +360,6 @@ def _reflect_pad(array: np.ndarray, size: int) -> np.ndarray:
     if not any(missing):
         return array
     return np.pad(array, [(n // 2, n - n // 2) for n in missing] + [(0, 0)], mode="symmetric")
-
-
-def find_images(paths: list[str | Path]) -> list[Path]:
-    """
-    The files among `paths`, with folders searched recursively for images by suffix, each folder in sorted
-    order. Links to folders are not followed, so that a loop of them can't catch the search.
-
-    A path that does not exist, and a folder that can't be read, stays, so that opening it reports it.
-    """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside: list[Path] = []
-            refused: list[OSError] = []
-            for folder, _, names in os.walk(path, onerror=refused.append):
-                inside += [Path(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
-            files += sorted(inside) + [Path(error.filename) for error in refused]
-        else:
-            files.append(path)
-    return files
 
 
 __all__ = ["ProtoLeakImageProcessor"]

@@ -11,7 +11,6 @@ Every image passes the VAE once a view: its latents, or what is pooled of them, 
 """
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import shutil
@@ -35,6 +34,7 @@ from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.explanation_protoleak import keep_origins, keep_thumbnails
 from protoleak.files_protoleak import whole_folder
+from protoleak.forensics.figures import draw_evaluation, save_figures
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.card import write_card
 from protoleak.training.cross_fitting import join_learned
@@ -162,10 +162,7 @@ def save(
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
-        if importlib.util.find_spec("matplotlib"):
-            from protoleak.forensics.figures import draw_evaluation, save_figures
-
-            save_figures(draw_evaluation(Evaluation.from_dict(summary), model.detector), partial / "figures")
+        save_figures(draw_evaluation(Evaluation.from_dict(summary), model.detector), partial / "figures")
     how = (
         f"for {summary['epochs']} epochs"
         if summary["history"]

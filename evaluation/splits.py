@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
-from ..image_processing_protoleak import SUFFIXES, find_images
+from ..image_files_protoleak import SUFFIXES, find_images
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
 SOURCE = "source"  # the column that tells where an image was collected

@@ -1,20 +1,16 @@
-"""Figures of a checkpoint and of its evaluation (matplotlib, extra `plot`)."""
+"""Figures of a checkpoint and of its evaluation."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
 from ..evaluation.protocol import Evaluation
-
-try:
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-except ImportError as error:
-    raise ImportError("figures need matplotlib; pip install 'protoleak[plot]'") from error
 
 BLUE, RED, GREY = "#4c72b0", "#c44e52", "#999999"
 

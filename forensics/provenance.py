@@ -13,12 +13,22 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from ..image_files_protoleak import UNREAD_TEXTS
 from ..image_processing_protoleak import MAX_PIXELS, open_container
 
 EXIF_TAGS = ("Software", "Make", "Model", "DateTime", "Artist", "ImageDescription", "ProcessingSoftware")
 # keys of text chunks: AUTOMATIC1111 and forks, ComfyUI, InvokeAI, NovelAI, Draw Things, and the general ones
 GENERATOR_TEXTS = ("parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata", "Dream", "Comment")
-TEXTS = (*GENERATOR_TEXTS, "Software", "Source", "Description", "Title", "Author", "generation_data")
+TEXTS = (
+    *GENERATOR_TEXTS,
+    "Software",
+    "Source",
+    "Description",
+    "Title",
+    "Author",
+    "generation_data",
+    UNREAD_TEXTS,
+)
 XMP_TAGS = ("CreatorTool", "DigitalSourceType", "Software", "Credit", "AISystemUsed")
 LONGEST = 500
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import Pipeline
 
 from ..evaluation.report import TITLES
-from ..files_protoleak import write_whole
+from ..files_protoleak import path_of, write_whole
 from ..image_processing_protoleak import open_image
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
 from .figures import (
@@ -276,7 +276,7 @@ def _kind(record: dict[str, Any]) -> str:
 
 def _shown(file: str) -> Image.Image:
     """An image as large as a page shows it."""
-    image = open_image(file)
+    image = open_image(path_of(file))
     image.thumbnail((PREVIEW, PREVIEW))
     return image
 

@@ -26,8 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from ..files_protoleak import write_whole
-from ..image_processing_protoleak import ProtoLeakImageProcessor, find_images, open_image, stack_crops
+from ..files_protoleak import read_file, shown_name, write_whole
+from ..image_files_protoleak import find_images
+from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..pipeline_protoleak import RECORD_FIELDS, records_of
 from .provenance import read_provenance
@@ -44,16 +45,10 @@ TABLE_SUFFIXES = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """An image of a data set, with a `Path`'s way to read it."""
+    """An image of a data set."""
 
     name: str
     content: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-    def read_bytes(self) -> bytes:
-        return self.content
 
 
 class Attributor:
@@ -86,20 +81,21 @@ class Attributor:
         return PartialState().is_main_process
 
     def open(
-        self, file: "Path | Row", done: Collection[str] = ()
+        self, file: "Path | Row", done: Collection[tuple[str, str]] = ()
     ) -> tuple[dict[str, Any], Image.Image | None]:
         """
         What is known of a file before the model sees it, and its image: `None` with an error, and without one
-        for a file whose sha256 is among `done`, which is not decoded.
+        for a file whose name and sha256 are among `done`, which is not decoded.
         """
-        row = {"file": str(file), "sha256": None, "width": None, "height": None, "provenance": None}
+        name = shown_name(file.name if isinstance(file, Row) else file)
+        row = {"file": name, "sha256": None, "width": None, "height": None, "provenance": None}
         row |= {**self.facts, "error": None}
         try:
-            content = file.read_bytes()
+            content = file.content if isinstance(file, Row) else read_file(file, name)
             row["sha256"] = hashlib.sha256(content).hexdigest()
-            if row["sha256"] in done:
+            if (name, row["sha256"]) in done:
                 return row, None
-            image = open_image(content, self.processor.max_pixels, name=str(file))
+            image = open_image(content, self.processor.max_pixels, name=name)
             row["width"], row["height"] = image.size
             row["provenance"] = read_provenance(content, self.processor.max_pixels)
             return row, image
@@ -108,7 +104,7 @@ class Attributor:
             return row, None
 
     def read(
-        self, file: "Path | Row", done: Collection[str] = ()
+        self, file: "Path | Row", done: Collection[tuple[str, str]] = ()
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """As [`~Attributor.open`], with the image's pixel values in its place."""
         row, image = self.open(file, done)
@@ -123,7 +119,7 @@ class Attributor:
         files: "Iterable[Path | Row]",
         batch_size: int = 16,
         workers: int = 2,
-        done: Collection[str] = (),
+        done: Collection[tuple[str, str]] = (),
     ) -> Iterator[dict[str, Any]]:
         """
         The record of each file, in order: `attribution_record`'s keys and
@@ -137,7 +133,7 @@ class Attributor:
             files: Images, paths or rows of a data set.
             batch_size (`int`): Images that go through the model together.
             workers (`int`): Threads that read and decode.
-            done (`Collection[str]`): sha256 of files to pass over.
+            done (`Collection[tuple[str, str]]`): `file` and sha256 of those to pass over.
         """
         read = prefetched(partial(self.read, done=done), files, workers, ahead=2 * batch_size)
         while batch := list(islice(read, batch_size)):
@@ -202,8 +198,8 @@ def scan(
         paths: Files, and folders, which are searched recursively; or a data set with an image column, which
             may be streamed: then no more than a few batches of it are in memory.
         output: JSON lines.
-        resume (`bool`): Go on in an `output` that exists: files whose content (sha256) has a record there,
-            by this very model, are passed over; those with an error are tried again.
+        resume (`bool`): Go on in an `output` that exists: files that have a record there under their name
+            and content (sha256), by this very model, are passed over; those with an error are tried again.
         on_record (`Callable`): Called with each record of this process.
         quiet (`bool`): No progress bar.
 
@@ -321,8 +317,8 @@ def _write_lines(target: Path, records: Iterable[dict[str, Any]]) -> None:
     write_whole(target, write)
 
 
-def _done(target: Path) -> set[str]:
-    return {record["sha256"] for record in read_records(target)}
+def _done(target: Path) -> set[tuple[str, str]]:
+    return {(record["file"], record["sha256"]) for record in read_records(target)}
 
 
 def _part(target: Path, process: int) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from protoleak import ProtoLeakImageProcessor
-from protoleak.image_processing_protoleak import find_images, open_image
+from protoleak.image_processing_protoleak import open_image
 
 
 def encoded(image: Image.Image, **options) -> bytes:
@@ -224,17 +224,6 @@ def test_bad_input_is_named(tmp_path, photo, processor):
         processor(None)
     with pytest.raises(ValueError, match="crop_size"):
         ProtoLeakImageProcessor(crop_size=0)
-
-
-def test_find_images_searches_folders(tmp_path, photo):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    for name in ("a/b/2.JPG", "a/1.png", "a/notes.txt"):
-        (tmp_path / name).write_bytes(encoded(photo))
-    assert find_images([tmp_path, tmp_path / "missing"]) == [
-        tmp_path / "a/1.png",
-        tmp_path / "a/b/2.JPG",
-        tmp_path / "missing",
-    ]
 
 
 def test_a_processor_survives_saving(tmp_path):

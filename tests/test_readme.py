@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from protoleak.cli import main
-from protoleak.image_processing_protoleak import find_images
+from protoleak.image_files_protoleak import find_images
 
 from . import ROOT
 
@@ -24,8 +24,8 @@ LINKING = (
 LINKING += (ROOT / "benchmarks/RESULTS.md",)
 TEST_COMMAND = 'pip install -e ".[test]" && pytest'
 EXTRAS = {
-    "plot": ["matplotlib"],
     "demo": ["gradio"],
+    "heif": ["pillow_heif"],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],
     "provenance": ["c2pa"],
 }

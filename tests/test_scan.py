@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,13 +82,24 @@ def test_nothing_is_overwritten_or_mixed(attributor, checkpoint, folder, tmp_pat
     assert "--output" in capsys.readouterr().err
 
 
-def test_a_file_moved_or_copied_is_done_and_a_changed_one_is_not(attributor, folder, tmp_path):
+def test_a_file_that_moved_or_was_copied_or_changed_is_not_done(attributor, folder, tmp_path):
     output = tmp_path / "records.jsonl"
     scan(attributor, [str(folder)], output)
     (folder / "00.png").rename(folder / "moved.png")
+    shutil.copy(folder / "02.png", folder / "copied.png")
     Image.new("RGB", (40, 40), "red").save(folder / "01.png")
     counts = scan(attributor, [str(folder)], output, resume=True)
-    assert counts == {"files": 13, "done": 10, "written": 3, "failed": 2}
+    assert counts == {"files": 14, "done": 9, "written": 5, "failed": 2}
+
+
+def test_the_same_image_under_other_names_has_its_rows_after_resuming(attributor, folder, tmp_path):
+    for i in range(3):
+        shutil.copy(folder / "00.png", folder / f"00_{i}.png")
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "records.jsonl"
+    scan(attributor, [str(folder)], whole)
+    output.write_text("".join(whole.read_text().splitlines(keepends=True)[:2]))
+    scan(attributor, [str(folder)], output, resume=True)
+    assert_same(lines(output), lines(whole))
 
 
 def test_records_come_before_all_is_read():
