@@ -66,18 +66,6 @@ class CheckpointMixin:
         if hasattr(self.vae, "decoder"):
             self.vae.decoder = None
 
-    def to(self, *args, **kwargs):
-        """
-        As [`torch.nn.Module.to`], but a floating-point dtype is that of the VAE alone: it has nearly all of
-        the computation, and embeddings of a network rounded to half precision would not fit the detector.
-        """
-        dtype = self.dtype if self.vae is None else self.vae.dtype
-        asked = torch.empty(0, dtype=dtype, device=self.device).to(*args, **kwargs)
-        super().to(asked.device)
-        if self.vae is not None and asked.dtype != dtype:
-            self.vae.to(asked.dtype)
-        return self
-
     def _apply(self, fn, recurse: bool = True):
         """What moves the base model (`to`, `cuda`, `cpu`, ...) moves the VAE that it holds."""
         if (vae := vars(self).get("_vae")) is not None:

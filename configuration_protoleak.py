@@ -1,6 +1,11 @@
 """Configuration of Proto-LeakNet: every number of the method, with its meaning and its allowed range."""
 
+from dataclasses import fields
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
+
+from .outputs_protoleak import ImageAttributionOutput
 
 POOLINGS = ("mean", "statistics", "texture")
 FEATURES = ("embeddings", "statistics")
@@ -101,6 +106,9 @@ class ProtoLeakConfig(PreTrainedConfig):
 
     model_type = "protoleak"
     sub_configs = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = [  # all but these are no predictions to `Trainer`
+        field.name for field in fields(ImageAttributionOutput) if field.name not in ("loss", "logits")
+    ]
 
     backbone_config: dict | PreTrainedConfig | None = None
     keep_resolution: bool = False
@@ -147,6 +155,18 @@ class ProtoLeakConfig(PreTrainedConfig):
                 f"keep_resolution needs a 'resnet' backbone; got {self.backbone_config.model_type!r}"
             )
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Numbers of classes may be strings, as JSON and tutorials have them."""
+        if name == "id2label" and value is not None:
+            value = {int(k): label for k, label in value.items()}
+            if sorted(value) != list(range(len(value))):
+                raise ValueError(
+                    f"id2label must name classes 0..{len(value) - 1}; got those of {sorted(value)}"
+                )
+        if name == "label2id" and value is not None:
+            value = {label: int(k) for label, k in value.items()}
+        super().__setattr__(name, value)
 
     @property
     def label_names(self) -> list[str]:

@@ -9,7 +9,6 @@ latent channels, height, width.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, schedule_of
 from .configuration_protoleak import ProtoLeakConfig
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain
+from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
+from .precision_protoleak import PrecisionMixin, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
 from .texture_protoleak import PrincipalPlane
 
@@ -31,73 +31,6 @@ if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint'
     from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
 
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
-
-
-# --- outputs ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ProtoLeakModelOutput(ModelOutput):
-    """
-    Args:
-        embeddings (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): h, attended over timesteps.
-        gates (`torch.FloatTensor` of shape `(batch_size, embedding_size)`): w in (0, 1), attended alike.
-        temporal_weights (`torch.FloatTensor` of shape `(batch_size, num_scales * num_timesteps)`): alpha, by
-            scale, then timestep; each row sums to 1.
-        statistics (`torch.FloatTensor` of shape `(batch_size, num_statistics)`, *optional*):
-            [`grid_statistics`] of the re-simulated latents, attended alike; not with `pooling="texture"`.
-        noisy_latents (`(batch_size, num_timesteps, channels, height, width)`, *optional*): z_t at the first
-            scale, with `output_noisy_latents=True`; crops, if any, after the first dimension.
-        features (`torch.FloatTensor` of shape `(batch_size, num_scales, num_timesteps, num_features)`):
-            What [`LeakEncoder.pool`] gives, averaged over crops by their weights.
-        crop_weights (`torch.FloatTensor` of shape `(batch_size, num_crops)`, *optional*): The crops' shares
-            in that average, with several crops an image, and
-        crop_features (`(batch_size, num_crops, num_scales, num_timesteps, num_features)`): those of each.
-    """
-
-    embeddings: torch.FloatTensor | None = None
-    gates: torch.FloatTensor | None = None
-    temporal_weights: torch.FloatTensor | None = None
-    statistics: torch.FloatTensor | None = None
-    noisy_latents: torch.FloatTensor | None = None
-    features: torch.FloatTensor | None = None
-    crop_weights: torch.FloatTensor | None = None
-    crop_features: torch.FloatTensor | None = None
-
-
-@dataclass
-class ImageAttributionOutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `labels`.
-        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Class scores of the prototypes; in evaluation over the detector's temperature, if there is one.
-        open_set_score (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
-            How much like the known it is, by the config's `open_set_scores`, once a detector is fitted.
-        p_values, generated_p_values (`torch.DoubleTensor` of shape `(batch_size,)`, *optional*):
-            Conformal p of "made by a known class", and of "made by a generator, known or not".
-        class_p_values (`torch.DoubleTensor` of shape `(batch_size, num_labels)`, *optional*):
-            Label-conditional conformal p of each class.
-        crop_logits (`torch.FloatTensor` of shape `(batch_size, num_crops, num_labels)`, *optional*): Class
-            scores of each crop alone, like `logits`, with several crops an image.
-        Others: As in [`ProtoLeakModelOutput`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    open_set_score: torch.Tensor | None = None
-    p_values: torch.Tensor | None = None
-    class_p_values: torch.Tensor | None = None
-    generated_p_values: torch.Tensor | None = None
-    embeddings: torch.FloatTensor | None = None
-    gates: torch.FloatTensor | None = None
-    temporal_weights: torch.FloatTensor | None = None
-    statistics: torch.FloatTensor | None = None
-    noisy_latents: torch.FloatTensor | None = None
-    features: torch.FloatTensor | None = None
-    crop_weights: torch.FloatTensor | None = None
-    crop_features: torch.FloatTensor | None = None
-    crop_logits: torch.FloatTensor | None = None
 
 
 # --- the parts of the network -------------------------------------------------------------------------------
@@ -200,25 +133,34 @@ class PrototypeHead(nn.Module):
         self.prototypes[k].fill_(PARKED)
         self.prototypes[k, : len(centres)] = centres.to(self.prototypes)
 
+    @without_autocast
     def forward(self, embeddings: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """score_k = tau logsumexp_m(-d_km / tau). (B, D), (B, D) -> (B, K), float32"""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            tau = self.temperature
-            return tau * torch.logsumexp(-self.distances(embeddings, gates) / tau, dim=2)
+        tau = self.temperature
+        return tau * torch.logsumexp(-self.distances(embeddings, gates) / tau, dim=2)
 
 
 # --- the models ---------------------------------------------------------------------------------------------
 
 
-class ProtoLeakPreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """How weights begin; [`CheckpointMixin`] holds the frozen VAE, and loads and saves."""
+class ProtoLeakPreTrainedModel(PrecisionMixin, CheckpointMixin, PreTrainedModel):
+    """
+    How weights begin; [`CheckpointMixin`] holds the frozen VAE, and loads and saves; [`PrecisionMixin`] says
+    what a dtype means.
+    """
 
     config_class = ProtoLeakConfig
     base_model_prefix = "protoleak"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean: `Trainer` divides it by the steps that it accumulates
     _no_split_modules = []
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether the backbone does; textures have none."""
+        backbone = getattr(self.base_model.encoder, "backbone", None)
+        return backbone is not None and backbone.supports_gradient_checkpointing
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -256,6 +198,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         self._constants: dict[Any, torch.Tensor] = {}
         self.post_init()
 
+    @without_autocast
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -311,6 +254,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             self._constants[shape] = torch.stack(draws)
         return self._constants[shape]
 
+    @without_autocast
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
@@ -341,7 +285,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             latents = self.encode(pixel_values) if latents is None else latents
             pyramid = [latents] if isinstance(latents, torch.Tensor) else list(latents)
             described = self.describe(pyramid, output_noisy_latents)
-        features = described["features"].to(self.device)
+        features = described["features"].to(self.device, torch.float32)
         embeddings = self.encoder(features)  # (B, ST, D)
         gates, weights = self.gate(embeddings), self.attention(embeddings)  # (B, ST, D), (B, ST)
         statistics = self.encoder.statistics(features.flatten(1, 2))
@@ -423,6 +367,7 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         """Whether what is pooled can be kept for training, since nothing that is trained comes before."""
         return self.protoleak.encoder.is_frozen
 
+    @without_autocast
     def forward(
         self,
         pixel_values: torch.FloatTensor | None = None,
@@ -446,6 +391,7 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    @without_autocast
     def classify(
         self,
         pixel_values: torch.FloatTensor | None = None,

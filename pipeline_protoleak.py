@@ -205,7 +205,7 @@ class ImageAttributionPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Any]):
         size = model_inputs.pop("image_size", None)
         (pixel_values,) = model_inputs.values()
-        output = self.model(pixel_values)
+        output = self.model(pixel_values, return_dict=True)
         if size is not None:
             output["image_size"] = size
         return output
@@ -371,7 +371,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         for start in self.progress_bar(range(0, len(images), batch_size)):
             opened = [processor.open(image, **waiting) for image in images[start : start + batch_size]]
             pixel_values = processor(opened)["pixel_values"].to(self.vae.device)
-            output = model(pixel_values, output_noisy_latents=output_latents)
+            output = model(pixel_values, output_noisy_latents=output_latents, return_dict=True)
             records += records_of(output, model.config, **levels)
             latents.append(output.get("noisy_latents"))
         result = ProtoLeakPipelineOutput(

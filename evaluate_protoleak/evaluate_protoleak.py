@@ -14,6 +14,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+logger = evaluate.logging.get_logger(__name__)
+
 _DESCRIPTION = """
 Metrics of image attribution. Closed set: which of the known generators made an image. Open set: whether any
 of them did.
@@ -27,16 +29,17 @@ Args:
     known_scores (list of float, optional): "Known-ness" of each of these images, higher is more known (a log
         density).
     unknown_scores (list of float, optional): The same of images by unknown generators.
-    label_names (list of str, optional): Names of the classes, for `per_class_auc`.
-    skip_absent (bool, optional): Whether a class without an image is left out of the averages over classes,
-        for a test set of some of the classes; else it is an error.
+    label_names (list of str, optional): Names of the classes, for `auc_NAME`; else their numbers are.
 
     The configuration "open-set" has the open-set scores as columns, so that `add_batch` works: `scores` and
     `is_known` instead of the two arguments.
 Returns:
+    Numbers by name, as loggers take them.
     macro_auc: One-vs-rest AUC, averaged over classes.
-    per_class_auc: One-vs-rest AUC of each class.
+    auc_NAME: One-vs-rest AUC of each class.
     accuracy, balanced_accuracy: Of the class with the highest score.
+    A class without an image is left out of the averages, with a warning; where all images are of one class
+    there is no AUC.
     With open-set scores also
     auroc, aupr: Known against unknown, known is positive.
     fpr95: Share of unknown images taken for known where 95 % of known ones are.
@@ -44,8 +47,7 @@ Returns:
     overlap: 1 - max(TPR - FPR), what the two distributions have in common.
     oscr: Area under correct classification rate against false positive rate (Dhamija et al. 2018).
 Raises:
-    ValueError: on fewer than two classes, a class that is missing (with skip_absent, all but one), NaN, or
-        shapes that don't agree.
+    ValueError: on scores of fewer than two classes, NaN, or shapes that don't agree.
 Examples:
     >>> metric = evaluate.load("./evaluate_protoleak")
     >>> result = metric.compute(
@@ -58,42 +60,40 @@ Examples:
 
 
 def closed_set_metrics(
-    predictions: np.ndarray,
-    references: np.ndarray,
-    label_names: Sequence[str] | None = None,
-    skip_absent: bool = False,
+    predictions: np.ndarray, references: np.ndarray, label_names: Sequence[str] | None = None
 ) -> dict[str, float | dict[str, float]]:
-    """Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1."""
+    """
+    Macro AUC and its companions, from class scores (N, K) and classes (N,) in 0..K-1: `per_class_auc` holds
+    one number a class. Classes that don't occur are left out; where one alone does, there is no AUC.
+    """
     predictions, references = np.asarray(predictions, float), np.asarray(references)
     if predictions.ndim != 2 or predictions.shape[1] < 2:
         raise ValueError(
             f"predictions must be (N, K) scores of K >= 2 classes; got shape {predictions.shape}"
         )
-    if references.shape != predictions.shape[:1]:
-        raise ValueError(f"references must be (N,) with N = {len(predictions)}; got shape {references.shape}")
+    if references.shape != predictions.shape[:1] or not len(references):
+        raise ValueError(
+            f"references must be (N,) with N = {len(predictions)} > 0; got shape {references.shape}"
+        )
     _require_finite("predictions", predictions)
     classes = np.arange(predictions.shape[1])
-    counts = {int(k): int((references == k).sum()) for k in classes}
     if not np.isin(references, classes).all():
         raise ValueError(
             f"references must be within 0 and {classes[-1]}; got {sorted(set(references.tolist()))}"
         )
-    present = [k for k, count in counts.items() if count]
-    if len(present) < (2 if skip_absent else len(counts)):
-        needs = "two classes need" if skip_absent else "every class needs"
-        raise ValueError(f"{needs} at least one image for a one-vs-rest AUC; got counts {counts}")
     names = list(label_names) if label_names is not None else [str(k) for k in classes]
     if len(names) != len(classes):
         raise ValueError(f"label_names must name {len(classes)} classes; got {len(names)}")
-    aucs = one_vs_rest_auc(predictions, references)
-    per_class = {names[k]: float(aucs[k]) for k in present}
-    best = predictions.argmax(axis=1)
-    return {
-        "macro_auc": float(np.mean(list(per_class.values()))),
-        "per_class_auc": per_class,
+    present, best = np.unique(references), predictions.argmax(axis=1)
+    metrics = {
         "accuracy": float(accuracy_score(references, best)),
         "balanced_accuracy": float(recall_score(references, best, labels=present, average="macro")),
     }
+    if len(present) < 2:
+        return metrics
+    aucs = one_vs_rest_auc(predictions, references)
+    per_class = {names[k]: float(aucs[k]) for k in present}
+    return {"macro_auc": float(np.mean(list(per_class.values()))), "per_class_auc": per_class} | metrics
 
 
 def one_vs_rest_auc(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -147,10 +147,9 @@ def attribution_metrics(
     known_scores: np.ndarray | None = None,
     unknown_scores: np.ndarray | None = None,
     label_names: Sequence[str] | None = None,
-    skip_absent: bool = False,
 ) -> dict:
     """All metrics, see the description of this module's [`ProtoLeakMetric`]."""
-    metrics = closed_set_metrics(predictions, references, label_names, skip_absent)
+    metrics = closed_set_metrics(predictions, references, label_names)
     if (known_scores is None) != (unknown_scores is None):
         raise ValueError("open-set metrics need both known_scores and unknown_scores; got one of them")
     if known_scores is not None:
@@ -202,13 +201,14 @@ class ProtoLeakMetric(evaluate.Metric):
         known_scores=None,
         unknown_scores=None,
         label_names=None,
-        skip_absent=False,
     ) -> dict:
         predictions, references = np.array(predictions), np.array(references)
         if self.config_name == "open-set":
             is_known, scores = np.array(is_known, bool), np.array(scores)
             predictions, references = predictions[is_known], references[is_known]
             known_scores, unknown_scores = scores[is_known], scores[~is_known]
-        return attribution_metrics(
-            predictions, references, known_scores, unknown_scores, label_names, skip_absent
-        )
+        metrics = attribution_metrics(predictions, references, known_scores, unknown_scores, label_names)
+        if absent := sorted(set(range(predictions.shape[1])) - set(references.tolist())):
+            logger.warning("classes %s have no image; averages are over the others", absent)
+        of_class = {f"auc_{name}": auc for name, auc in metrics.pop("per_class_auc", {}).items()}
+        return metrics | of_class

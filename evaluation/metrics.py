@@ -29,6 +29,8 @@ def compute_metrics(
     of the class "real", where there is one, against generated images. Rates of verdicts, see
     [`verdict_counts`], are at the levels `alpha` and `camera_alpha`. What is of no image is left out.
     """
+    if len(np.unique(test.labels)) < 2:
+        raise ValueError("metrics need images of at least two known classes; got those of fewer")
     open_set = unknown is not None and test.open_set_score is not None
     metrics = attribution_metrics(
         test.probabilities,
@@ -36,7 +38,6 @@ def compute_metrics(
         known_scores=test.open_set_score if open_set else None,
         unknown_scores=unknown.open_set_score if open_set else None,
         label_names=label_names,
-        skip_absent=True,
     )
     real, generated = real_scores(test, label_names)
     if len(real) and len(generated):

@@ -101,7 +101,8 @@ def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: in
     parts: dict[str, list[np.ndarray]] = {}
     kind = "features" if module.takes_features else "latents"
     for inputs, labels in accelerator.prepare(DataLoader(data, batch_size)):
-        row = _columns(module(**{kind: inputs.float()}), accelerator.device) | {"labels": labels}
+        output = module(**{kind: inputs.float()}, return_dict=True)
+        row = _columns(output, accelerator.device) | {"labels": labels}
         for name, part in accelerator.gather_for_metrics(row).items():
             parts.setdefault(name, []).append(part.cpu().numpy())
     module.train(training)

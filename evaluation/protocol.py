@@ -256,7 +256,7 @@ def _shuffled_macro_auc(test: Predictions, repeats: int = 20) -> float:
 
 
 def _macro_auc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    return closed_set_metrics(probabilities, labels, skip_absent=True)["macro_auc"]
+    return closed_set_metrics(probabilities, labels)["macro_auc"]
 
 
 def _per_unknown(

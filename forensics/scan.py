@@ -140,7 +140,8 @@ class Attributor:
             pixels = [values for _, values in batch if values is not None]
             verdicts: Iterator[dict[str, Any]] = iter(())
             if pixels:
-                output = self.network(torch.from_numpy(stack_crops(pixels)).to(self.network.device))
+                pixel_values = torch.from_numpy(stack_crops(pixels)).to(self.network.device)
+                output = self.network(pixel_values, return_dict=True)
                 verdicts = iter(records_of(output, self.network.config))
             for row, values in batch:
                 if values is None and row["error"] is None:

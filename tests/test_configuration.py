@@ -1,5 +1,5 @@
 import pytest
-from protoleak import ProtoLeakConfig
+from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution
 
 from .conftest import TEXTURE, tiny_config
 
@@ -110,3 +110,14 @@ def test_the_backbone_takes_the_latent_channels():
 def test_keep_resolution_needs_a_resnet():
     with pytest.raises(ValueError, match="keep_resolution"):
         ProtoLeakConfig(backbone_config={"model_type": "convnext", "patch_size": 1}, keep_resolution=True)
+
+
+def test_classes_may_be_numbered_by_strings(checkpoint):
+    """As the tutorial of transformers builds its maps."""
+    id2label, label2id = {"0": "real", "1": "a", "2": "b"}, {"real": "0", "a": "1", "b": "2"}
+    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint, id2label=id2label, label2id=label2id)
+    for config in (model.config, tiny_config(id2label=id2label, label2id=label2id)):
+        assert config.label_names == ["real", "a", "b"]
+        assert config.label2id == {"real": 0, "a": 1, "b": 2}
+    with pytest.raises(ValueError, match=r"must name classes 0\.\.1; got those of \[1, 2\]"):
+        tiny_config(id2label={1: "a", 2: "b"})

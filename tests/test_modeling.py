@@ -372,13 +372,6 @@ def test_known_and_unknown_images_take_one_path(fitted_model):
     torch.testing.assert_close(beside_known.open_set_score, torch.from_numpy(scores))
 
 
-def test_bfloat16_autocast_keeps_the_head_in_float32(model):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(latents=latents())
-    assert output.logits.dtype == torch.float32
-    torch.testing.assert_close(output.logits, model(latents=latents()).logits, atol=0.3, rtol=0.1)
-
-
 # --- training -----------------------------------------------------------------------------------------------
 
 
@@ -469,6 +462,12 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_checkpointing_without_a_backbone_that_has_it_is_refused(model):
+    for without in (model, tiny_model(**TEXTURE)):
+        with pytest.raises(ValueError, match="does not support activation checkpointing"):
+            without.activation_checkpointing_enable()
 
 
 def test_a_head_of_another_size_can_be_asked_for(fitted_model, tmp_path, caplog):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
+from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.checkpoint_protoleak import make_scheduler
 from protoleak.cli import main
 from protoleak.pipeline_protoleak import (
@@ -282,6 +282,19 @@ def test_several_images_come_in_any_container(fitted_model, processor, tmp_path)
             call([images[:2], images[2:]])
         with pytest.raises(ValueError, match="got Dataset.*column of images"):
             call(encoded)
+
+
+def test_a_model_may_give_tuples_by_its_config(checkpoint, photo, processor):
+    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
+    of_tuples = ProtoLeakForImageAttribution.from_pretrained(checkpoint, return_dict=False)
+    assert of_tuples.detector is not None
+    values = of_tuples(**processor(photo))
+    assert isinstance(values, tuple)
+    assert torch.equal(values[0], model(**processor(photo)).logits)
+    records = [
+        ImageAttributionPipeline(model=m, image_processor=processor)(photo) for m in (model, of_tuples)
+    ]
+    assert records[0] == records[1]
 
 
 SNIPPET = """

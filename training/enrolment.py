@@ -32,7 +32,7 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
         raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-    outputs = [model(processor(file)["pixel_values"]) for file in files]
+    outputs = [model(processor(file)["pixel_values"], return_dict=True) for file in files]
     parts = [part for part in PARTS if part in outputs[0]]  # an output has no keys of what is None
     model.enroll(name, {part: torch.cat([output[part] for output in outputs]) for part in parts})
     first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images

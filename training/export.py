@@ -61,7 +61,8 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
     path, model = Path(path), model.eval()
     with torch.no_grad():
         name, inputs = _example(model, torch.zeros(2, 3, crop_size, crop_size), part)
-        example = model(**{name: inputs})  # draws this size's noise of evaluation, which the graph holds
+        # draws this size's noise of evaluation, which the graph holds
+        example = model(**{name: inputs}, return_dict=True)
         outputs = [output for output in OUTPUTS if example.get(output) is not None]
         program = torch.onnx.export(
             Graph(model, name).eval(),
@@ -84,5 +85,5 @@ def _example(model: Any, pixel_values: torch.Tensor, part: str) -> tuple[str, to
     if part == "whole":
         return "pixel_values", pixel_values
     if model.takes_features:
-        return "features", model(pixel_values=pixel_values).features
+        return "features", model(pixel_values=pixel_values, return_dict=True).features
     return "latents", model.protoleak.encode(pixel_values)[0]

@@ -79,7 +79,7 @@ def train_steps(
     kind = "features" if accelerator.unwrap_model(network).takes_features else "latents"
     for inputs, labels in loader:
         with accelerator.autocast():
-            loss = network(**{kind: inputs.float()}, labels=labels).loss
+            loss = network(**{kind: inputs.float()}, labels=labels, return_dict=True).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(network.parameters(), max_grad_norm)
         optimizer.step()

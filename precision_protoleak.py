@@ -1,0 +1,79 @@
+"""
+What a dtype means, decided once: the network and its statistics are float32 and stay so, autocast is off in
+them, and a dtype that is asked for is that of the frozen VAE, which has nearly all of the computation.
+Embeddings of a network rounded to half precision would not fit the detector.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class PrecisionMixin:
+    """
+    Whatever gives a model of transformers a dtype, here gives it to `vae`: `from_pretrained(dtype=)`, `to`,
+    `half`, `bfloat16`, `float`, `double`. Without one the VAE keeps what it has.
+    """
+
+    def post_init(self):
+        nn.Module.to(self, torch.float32)  # `from_config(dtype=)` builds in another
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, dtype: torch.dtype | str | None = None, **kwargs):
+        """`dtype` (*optional*) is the VAE's, as a `torch.dtype` or by its name."""
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        result = super().from_pretrained(*args, dtype=torch.float32, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if dtype not in (None, "auto"):
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return result
+
+    def to(self, *args, **kwargs):
+        """As [`torch.nn.Module.to`], but for the dtype."""
+        given = (*args, *kwargs.values())
+        dtypes = [getattr(value, "dtype", value) for value in given]
+        dtypes = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype)]
+        places = [value.device if isinstance(value, torch.Tensor) else value for value in args]
+        places = [place for place in places if not isinstance(place, torch.dtype)]
+        kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
+        if places or kwargs:
+            super().to(*places, **kwargs)
+        if dtypes and self.vae is not None:
+            nn.Module.to(self.vae, dtypes[0])  # diffusers' own says that no module is kept in float32
+        return self
+
+    def half(self):
+        return self.to(torch.float16)
+
+    def bfloat16(self):
+        return self.to(torch.bfloat16)
+
+    def float(self):
+        return self.to(torch.float32)
+
+    def double(self):
+        return self.to(torch.float64)
+
+
+def without_autocast(method: Callable) -> Callable:
+    """A method of a module, run with autocast off; the first time that it was on, a warning says so."""
+
+    @functools.wraps(method)
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device = next(module.parameters()).device.type
+        if torch.is_autocast_enabled(device):
+            logger.warning_once(
+                "mixed precision is off within this model: its network is float32. To have the VAE compute "
+                "in another dtype, ask for that with from_pretrained(dtype=) or model.to(dtype)"
+            )
+        with torch.autocast(device, enabled=False):
+            return method(module, *args, **kwargs)
+
+    return run

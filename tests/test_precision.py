@@ -1,0 +1,78 @@
+import pytest
+import torch
+from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution
+
+from .conftest import TEXTURE, tiny_config, tiny_model
+
+
+def dtypes_of(model) -> set[torch.dtype]:
+    """Of the network, all but numbers of batches."""
+    return {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
+
+
+WAYS_TO_ASK = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "to a device as well": lambda model: model.to("cpu", torch.bfloat16),
+    "to by name": lambda model: model.to(device="cpu", dtype=torch.bfloat16),
+    "to as a tensor": lambda model: model.to(torch.zeros(1, dtype=torch.bfloat16)),
+    "its own": lambda model: model.bfloat16(),
+    "of the base model": lambda model: (model.protoleak.bfloat16(), model)[1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_ASK)
+@torch.no_grad()
+def test_a_dtype_is_the_vaes(fitted_model, way):
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    before = fitted_model(pixels)
+    model = WAYS_TO_ASK[way](fitted_model)
+    assert model.vae.dtype == torch.bfloat16
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {
+        torch.float32
+    }
+    for values in (pixels, pixels.bfloat16()):
+        after = model(values)
+        assert after.logits.dtype == after.embeddings.dtype == torch.float32
+        assert 0 < (after.logits - before.logits).abs().max() < 0.1
+        assert after.p_values is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "bfloat16", torch.float64, "auto", None])
+@torch.no_grad()
+def test_a_checkpoint_loads_in_every_dtype(checkpoint, processor, photo, dtype):
+    expected = (
+        torch.float32
+        if dtype in ("auto", None)
+        else getattr(torch, dtype)
+        if isinstance(dtype, str)
+        else dtype
+    )
+    model = ProtoLeakForImageAttribution.from_pretrained(checkpoint, dtype=dtype)
+    assert (model.vae.dtype, model.dtype, model.config.dtype) == (expected, torch.float32, torch.float32)
+    assert model(torch.zeros(1, 3, 32, 32).to(expected)).p_values is not None
+    assert ImageAttributionPipeline(model=model, image_processor=processor)(photo)["p_value"] is not None
+
+
+def test_a_model_can_be_made_in_no_other_dtype():
+    model = ProtoLeakForImageAttribution._from_config(tiny_config(), dtype=torch.bfloat16)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: tiny_model(**TEXTURE)])
+def test_mixed_precision_is_off_inside(make):
+    model, pixels, labels = make().train(), torch.rand(3, 3, 32, 32) * 2 - 1, torch.tensor([0, 1, 2])
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(pixels, labels=labels)
+            latents, logits = model.protoleak.encode(pixels), model.head(output.embeddings, output.gates)
+        model.zero_grad()
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([output.loss, output.logits, *latents, logits, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(expected, found)
