@@ -124,8 +124,8 @@ def crops_of(
     model: Any, output: Any, i: int, boxes: Sequence[tuple[int, int, int, int]]
 ) -> list[dict[str, Any]]:
     """
-    For each crop of image i where it lies (`x`, `y`, `width`, `height`, in pixels of the image), its
-    `weight`, the share of the evidence that it has, the likeliest class of it alone (`label`) with its
+    For each crop of image i where it lies (`x`, `y`, `width`, `height`, in pixels of the image as stored),
+    its `weight`, the share of the evidence that it has, the likeliest class of it alone (`label`) with its
     probability (`score`), and the probability of "real" (`real_score`, `None` without such a class). A crop
     of weight 0 was passed over: what it says means nothing.
     """

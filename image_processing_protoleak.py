@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .decoding_protoleak import MAX_PIXELS, check_bounds, from_array, is_deep, shown, to_rgb
 from .files_protoleak import shown_name
 from .image_files_protoleak import open_encoded
 from .postprocessing_protoleak import postprocess
 
 REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
 NUM_CROPS = (1, 4, 9, 16)
-MAX_PIXELS = 178_956_970  # where Pillow itself begins to warn of a decompression bomb
 TIMEOUT = 20.0  # seconds to wait for a URL
 
 
@@ -26,10 +26,10 @@ def open_image(
     source: Any, max_pixels: int = MAX_PIXELS, timeout: float | None = TIMEOUT, name: str | None = None
 ) -> Image.Image:
     """
-    Open an image as upright 8-bit RGB, as a viewer shows it.
+    Open an image as 8-bit RGB, its pixels where they are stored.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit and floating-point values are scaled
-    to 8 bits, the first frame of an animation is taken.
+    An EXIF orientation is left to viewers: the same pixels are the same evidence. Transparency is laid over
+    white, 16-bit and floating-point values are scaled to 8 bits, the first frame of an animation is taken.
 
     Args:
         source: Path, http(s) or file URL, base64 or `data:` string, bytes, binary file, a dict with `bytes`
@@ -42,25 +42,20 @@ def open_image(
 
     Raises:
         OSError: the file is missing, no regular file, unreadable, truncated, or not an image.
-        ValueError: the image is too large, or the array, or an image's values, have no image's shape, type or
-            range.
+        ValueError: the image is too large, or would take too long to decode, see `decoding_protoleak.py`, or
+            the array, or an image's values, have no image's shape, type or range.
     """
     source = _addressed(source)
     if name is None:
         name = shown_name(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     name = name if len(name) <= 200 else f"...{name[-200:]}"
-    if not isinstance(source, Image.Image):
-        if hasattr(source, "__array__"):
-            return _to_rgb(_from_array(np.asarray(source), name))
-        source = open_encoded(source, name, timeout)
-    _check_size(source, name, max_pixels)
+    image = open_container(source, name, max_pixels, timeout)
     try:
-        image = ImageOps.exif_transpose(source)
-        is_wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
-        image = np.asarray(image) if is_wide else _to_rgb(image)
+        image.load()
+        image = image if is_deep(image) else to_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         raise OSError(f"{name} can't be decoded, it may be truncated or damaged: {error}") from error
-    return _to_rgb(_from_array(image, name)) if is_wide else image
+    return to_rgb(image, name)
 
 
 def _addressed(source: Any) -> Any:
@@ -75,66 +70,29 @@ def _addressed(source: Any) -> Any:
     return source
 
 
-def open_container(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in a file's content, its pixels not decoded; [`open_image`] tells what is refused."""
-    image = open_encoded(content, name)
-    _check_size(image, name, max_pixels)
+def open_container(
+    source: Any, name: str, max_pixels: int = MAX_PIXELS, timeout: float | None = TIMEOUT
+) -> Image.Image:
+    """The image in a source, its pixels not decoded; [`open_image`] tells what is taken, and what refused."""
+    source = _addressed(source)
+    if hasattr(source, "__array__") and not isinstance(source, Image.Image):
+        return from_array(np.asarray(source), name)
+    image = source if isinstance(source, Image.Image) else open_encoded(source, name, timeout)
+    check_bounds(image, name, max_pixels)
     return image
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise ValueError(
-            f"{name} has {image.width} x {image.height} pixels, more than max_pixels = {max_pixels}; "
-            f"reduce it or raise max_pixels in preprocessor_config.json"
-        )
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ValueError(
-            f"an array must be (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4; got shape {array.shape}"
-        )
-    return Image.fromarray(_to_uint8(array, name))
-
-
-def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.uint16:
-        return (array // 257).astype(np.uint8)
-    if (
-        np.issubdtype(array.dtype, np.floating)
-        and np.isfinite(array).all()
-        and array.min() >= 0
-        and array.max() <= 1
-    ):
-        return np.round(array * 255).astype(np.uint8)
-    if np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 65535:
-        return (array // 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
-    raise ValueError(
-        f"{name}: values must be uint8, uint16, or floating point in [0, 1]; "
-        f"got {array.dtype} within [{array.min()}, {array.max()}]; scale them to one of these"
-    )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def preview(source: Any, side: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image as a viewer shows it, upright and small: see [`shown`]."""
+    name = shown_name(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+    image = open_container(source, name, max_pixels)
+    return shown(image.copy() if image is source else image, side, name)
 
 
 def thumbnail(source: Any, side: int = 64) -> bytes:
     """A small JPEG file of an image, at most `side` pixels wide and high."""
-    image = open_image(source)
-    image.thumbnail((side, side))
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=85)
+    preview(source, side).save(content, "JPEG", quality=85)
     return content.getvalue()
 
 
@@ -287,7 +245,7 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
     def crop_boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
         """
         What the crops of an image of this size show, in the order of `pixel_values`: (x, y, width, height) of
-        each, in pixels of the upright image, before any resizing.
+        each, in pixels of the image as stored, before any resizing.
         """
         wide, high = self._working_size(width, height)
         boxes = []

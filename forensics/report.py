@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from PIL import Image
 from transformers import Pipeline
 
+from ..decoding_protoleak import orientation_of, turned
 from ..evaluation.report import TITLES
 from ..files_protoleak import path_of, write_whole
-from ..image_processing_protoleak import open_image
+from ..image_processing_protoleak import open_container, preview
 from ..pipeline_protoleak import RECORD_FIELDS, ImageAttributionPipeline
 from .figures import (
     EmbeddingMap,
@@ -35,6 +35,7 @@ from .scan import Attributor, checkpoint_file
 TEMPLATE = "report_template.html"
 PACKAGES = ("protoleak", "torch", "transformers", "diffusers", "numpy", "pillow", "scikit-learn")
 PREVIEW = 512
+SIDES = ("x", "y", "width", "height")
 
 
 class Examiner:
@@ -274,23 +275,22 @@ def _kind(record: dict[str, Any]) -> str:
     return {"can't tell": "undecided"}.get(record["origin"], record["origin"])
 
 
-def _shown(file: str) -> Image.Image:
-    """An image as large as a page shows it."""
-    image = open_image(path_of(file))
-    image.thumbnail((PREVIEW, PREVIEW))
-    return image
-
-
 def _preview(file: str) -> str:
     content = io.BytesIO()
-    _shown(file).save(content, "PNG")
+    preview(path_of(file), PREVIEW).save(content, "PNG")
     return _data_uri(content.getvalue(), "image/png")
 
 
 def map_of_crops(record: dict[str, Any]) -> Any | None:
     """The crops of an explained record drawn on its image, a matplotlib figure; `None` where it has none."""
     crops = None if record["error"] else record["explanation"].get("crops")
-    return draw_crops(_shown(record["file"]), crops, (record["width"], record["height"])) if crops else None
+    if not crops:
+        return None
+    stored, file = (record["width"], record["height"]), path_of(record["file"])
+    boxes = [tuple(crop[side] for side in SIDES) for crop in crops]
+    boxes, size = turned(boxes, stored, orientation_of(open_container(file, record["file"])))
+    crops = [crop | dict(zip(SIDES, box, strict=True)) for crop, box in zip(crops, boxes, strict=True)]
+    return draw_crops(preview(file, PREVIEW), crops, size)
 
 
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:

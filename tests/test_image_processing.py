@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from protoleak import ProtoLeakImageProcessor
-from protoleak.image_processing_protoleak import open_image
+from protoleak.decoding_protoleak import orientation_of, turned
+from protoleak.image_processing_protoleak import open_image, preview
 
 
 def encoded(image: Image.Image, **options) -> bytes:
@@ -114,11 +115,41 @@ def test_modes_look_as_a_viewer_shows_them():
     )
 
 
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (4, 2))
+def oriented(image: Image.Image, orientation: int) -> bytes:
     exif = image.getexif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    assert open_image(encoded(image, format="JPEG", exif=exif)).size == (2, 4)
+    exif[0x0112] = orientation
+    return encoded(image, exif=exif)
+
+
+def test_an_orientation_does_not_change_the_evidence(photo):
+    """The same stored pixels are the same crops; only what is shown is turned."""
+    processor = ProtoLeakImageProcessor(crop_size=16, do_resize=False, num_crops=4)
+    expected = processor.pixel_values(photo)
+    for orientation in range(1, 9):
+        content = oriented(photo, orientation)
+        assert np.array_equal(processor.pixel_values(content), expected)
+        assert preview(content, 100).size == (photo.size if orientation < 5 else photo.size[::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_the_image(orientation):
+    painted = Image.new("RGB", (50, 30))
+    painted.paste("white", (7, 3, 18, 8))
+    (box,), size = turned([(7, 3, 11, 5)], painted.size, orientation)
+    upright = preview(oriented(painted, orientation), 100)
+    assert orientation_of(Image.open(io.BytesIO(oriented(painted, orientation)))) == orientation
+    assert upright.size == size
+    assert upright.getbbox() == (box[0], box[1], box[0] + box[2], box[1] + box[3])
+
+
+def test_a_preview_is_small_and_has_the_colours(tmp_path):
+    half = Image.new("RGB", (900, 1400), "red")
+    half.paste("blue", (0, 700, 900, 1400))
+    for format in ("PNG", "JPEG", "GIF"):
+        small = preview(encoded(half, format=format), 64)
+        assert small.size == (41, 64)
+        assert np.abs(np.subtract(small.getpixel((20, 5)), (255, 0, 0))).max() < 8
+        assert np.abs(np.subtract(small.getpixel((20, 60)), (0, 0, 255))).max() < 8
 
 
 def test_native_crops_are_pixels_of_the_image(photo):

@@ -3,14 +3,20 @@
 import contextlib
 import io
 import json
+import re
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from protoleak import decoding_protoleak
+from protoleak.decoding_protoleak import MAX_SCANS, count_scans
 from protoleak.files_protoleak import path_of, printable
 from protoleak.forensics.provenance import read_provenance
 from protoleak.forensics.scan import scan
@@ -143,6 +149,55 @@ def test_pixels_are_capped_before_they_are_decoded():
     for content in (png_of(60000, 60000), png_of(2**31 - 1, 2**31 - 1)):
         with pytest.raises(ValueError, match="pixels"):
             read_provenance(content)
+
+
+def with_scans(count: int) -> bytes:
+    """A progressive JPEG file whose last scan is there so many times more."""
+    content = encoded(Image.new("RGB", (64, 64), "red"), "JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * count + content[-2:]
+
+
+def test_scans_of_a_jpeg_are_capped_before_they_are_decoded():
+    """Each takes the time of a whole image: 0.7 MB of them took minutes."""
+    usual = len(re.findall(rb"\xff\xda", with_scans(0)))
+    assert open_image(with_scans(MAX_SCANS - usual)).size == (64, 64)
+    for read in (open_image, read_provenance):
+        with pytest.raises(ValueError, match="JPEG file of 3010 scans"):
+            read(with_scans(3000))
+
+
+def test_what_looks_like_a_scan_in_other_data_is_none():
+    """Thumbnails and videos that cameras put into a JPEG file, before its scan and behind its end."""
+    spurious = b"\xff\xda" * 500
+    content = encoded(Image.new("RGB", (64, 64)), "JPEG", comment=spurious) + spurious
+    assert (content.count(b"\xff\xda"), count_scans(content)) == (1001, 1)
+
+
+MEASURE = """
+import importlib.util, re, sys
+from pathlib import Path
+from PIL import Image
+spec = importlib.util.spec_from_file_location("decoding", sys.argv[1])
+decoding = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(decoding)
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+image = Image.open(sys.argv[2])
+before = peak()
+decoding.to_rgb(image)
+print((peak() - before) / image.width / image.height)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_decoding_takes_no_more_memory_than_it_says(tmp_path):
+    """A few kilobytes with 20 million pixels, in a fresh process: what is stored, its RGB, and a strip."""
+    path = tmp_path / "large.png"
+    path.write_bytes(encoded(Image.new("P", (5000, 4000)), transparency=3))
+    code = Path(decoding_protoleak.__file__)
+    run = subprocess.run([sys.executable, "-c", MEASURE, code, path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert 4 < float(run.stdout) < 11, "bytes a pixel"
 
 
 @settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
