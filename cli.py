@@ -187,7 +187,8 @@ def format_row(record: dict[str, Any]) -> str:
     p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
     known, ruled_out = len(record["attributions"]), record["ruled_out"] or []
     rules_out = f"; rules out {len(ruled_out)} of {known}" if ruled_out and not record["is_unknown"] else ""
-    return f"{name:<30} {p_value:<16} {record['verdict']} ({best}{rules_out})"
+    first = f"{record['contradiction']}; verdict: " if record["contradiction"] else ""
+    return f"{name:<30} {p_value:<16} {first}{record['verdict']} ({best}{rules_out})"
 
 
 def format_scope(scope: str | None) -> str:

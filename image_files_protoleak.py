@@ -136,7 +136,7 @@ def _without_large_texts(content: bytes) -> tuple[bytes, str]:
     if not content.startswith(PNG):
         return content, ""
     pieces, unread, total, start = [], [], 0, 0
-    for begin, end, kind in _chunks(content):
+    for begin, end, kind in png_chunks(content):
         size = _inflated_size(kind, content[begin + 8 : end - 4])
         if size > PngImagePlugin.MAX_TEXT_CHUNK or total + size > PngImagePlugin.MAX_TEXT_MEMORY:
             unread.append(content[begin + 8 : begin + 88].partition(b"\0")[0].decode("latin-1"))
@@ -147,7 +147,7 @@ def _without_large_texts(content: bytes) -> tuple[bytes, str]:
     return (b"".join([*pieces, content[start:]]) if pieces else content), ", ".join(unread[:TOLD])
 
 
-def _chunks(content: bytes) -> Iterator[tuple[int, int, bytes]]:
+def png_chunks(content: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Begin, end and kind of each whole chunk of a PNG file."""
     begin = len(PNG)
     while begin + 12 <= len(content):
@@ -245,4 +245,4 @@ def _is_identified(file: Any, suffix: str) -> bool:
     return True
 
 
-__all__ = ["find_images", "open_encoded"]
+__all__ = ["find_images", "open_encoded", "png_chunks"]

@@ -29,7 +29,7 @@ from .figures import (
     draw_timesteps,
     step_in_words,
 )
-from .provenance import summarise_provenance
+from .provenance import contradiction, summarise_provenance
 from .scan import Attributor, checkpoint_file
 
 TEMPLATE = "report_template.html"
@@ -63,8 +63,9 @@ class Examiner:
         """
         row, image = self.attributor.open(Path(file))
         if image is None:
-            return dict.fromkeys((*RECORD_FIELDS, "explanation")) | row
-        return self.pipeline(image, explain=True) | row
+            return dict.fromkeys((*RECORD_FIELDS, "explanation", "contradiction")) | row
+        record = self.pipeline(image, explain=True) | row
+        return record | {"contradiction": contradiction(record["origin"], record["provenance"])}
 
     def about(self) -> dict[str, Any]:
         """

@@ -31,7 +31,7 @@ from ..image_files_protoleak import find_images
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..pipeline_protoleak import RECORD_FIELDS, records_of
-from .provenance import read_provenance
+from .provenance import contradiction, read_provenance
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -97,7 +97,7 @@ class Attributor:
                 return row, None
             image = open_image(content, self.processor.max_pixels, name=name)
             row["width"], row["height"] = image.size
-            row["provenance"] = read_provenance(content, self.processor.max_pixels)
+            row["provenance"] = read_provenance(content, self.processor.max_pixels, name)
             return row, image
         except (OSError, ValueError, MemoryError) as error:
             row["error"] = str(error) or type(error).__name__
@@ -126,6 +126,7 @@ class Attributor:
 
         - file, sha256, width, height;
         - provenance: what the file says of itself, see `provenance.py`;
+        - contradiction: where that contradicts the verdict, in words;
         - model, revision, model_sha256 (of the digests of its files), noise_seed, timesteps;
         - error: `None`, or why the file could not be read; the other values are `None` then.
 
@@ -146,7 +147,8 @@ class Attributor:
             for row, values in batch:
                 if values is None and row["error"] is None:
                     continue
-                yield (dict.fromkeys(RECORD_FIELDS) if values is None else next(verdicts)) | row
+                record = (dict.fromkeys(RECORD_FIELDS) if values is None else next(verdicts)) | row
+                yield record | {"contradiction": contradiction(record["origin"], record["provenance"])}
 
 
 def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:

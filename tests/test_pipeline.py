@@ -24,6 +24,7 @@ from .conftest import LABELS, fit_random_detector, tiny_model
 
 RUN_FIELDS = (
     "provenance",
+    "contradiction",
     "model_sha256",
     "file",
     "sha256",
