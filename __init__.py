@@ -1,22 +1,36 @@
-"""Proto-LeakNet: which generator made this image, or was it one nobody has seen, or a camera?"""
+"""
+Proto-LeakNet: which generator made this image, or was it one nobody has seen, or a camera?
 
-import importlib
+Importing it tells transformers of config, models, image processor and pipeline, so that the Auto classes and
+`pipeline("image-attribution")` load checkpoints with the installed code, without `trust_remote_code`.
+"""
 
-_MODULES = {
-    "configuration_protoleak": ["ProtoLeakConfig"],
-    "image_processing_protoleak": ["ProtoLeakImageProcessor"],
-    "calibration_protoleak": ["CrossFitted"],
-    "density_protoleak": ["GaussianKDE", "OpenSetDetector"],
-    "modeling_protoleak": ["ProtoLeakForImageAttribution", "ProtoLeakModel"],
-    "pipeline_protoleak": ["ImageAttributionPipeline", "ProtoLeakDiffusionPipeline"],
-}
-_OWNERS = {name: module for module, names in _MODULES.items() for name in names}
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-__all__ = sorted(_OWNERS)
+from .calibration_protoleak import CrossFitted
+from .configuration_protoleak import ProtoLeakConfig
+from .density_protoleak import OpenSetDetector
+from .diffusion_protoleak import ProtoLeakDiffusionPipeline
+from .image_processing_protoleak import ProtoLeakImageProcessor
+from .modeling_protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
+from .pipeline_protoleak import ImageAttributionPipeline
+from .scores_protoleak import GaussianKDE
 
+__version__ = "0.1.0"
 
-def __getattr__(name: str):
-    """Load a name's module on first use: `import protoleak` itself costs nothing."""
-    if name not in _OWNERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(importlib.import_module(f".{_OWNERS[name]}", __name__), name)
+AutoConfig.register(ProtoLeakConfig.model_type, ProtoLeakConfig)
+AutoModel.register(ProtoLeakConfig, ProtoLeakModel)
+AutoModelForImageClassification.register(ProtoLeakConfig, ProtoLeakForImageAttribution)
+AutoImageProcessor.register(ProtoLeakConfig, image_processor_classes={"pil": ProtoLeakImageProcessor})
+
+__all__ = [
+    "CrossFitted",
+    "GaussianKDE",
+    "ImageAttributionPipeline",
+    "OpenSetDetector",
+    "ProtoLeakConfig",
+    "ProtoLeakDiffusionPipeline",
+    "ProtoLeakForImageAttribution",
+    "ProtoLeakImageProcessor",
+    "ProtoLeakModel",
+]

@@ -5,13 +5,15 @@ code), and holding the frozen VAE.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, logging, resolve_revision
 
 from .configuration_protoleak import ProtoLeakConfig
 
@@ -19,6 +21,13 @@ logger = logging.get_logger(__name__)
 
 CODE = "*_protoleak.py"  # what a checkpoint carries of this folder
 HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+RESOLVING_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir")  # what tells a commit
+UPLOAD_ARGUMENTS = ("revision", "commit_message", "commit_description", "create_pr")
+CHECKPOINT_FILES = (  # what is pushed of a checkpoint's folder, and nothing else that lies there
+    "README.md", "config.json", "model*.safetensors*", "adapter_*", "density.pkl", "metrics.json",
+    "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE,
+)  # fmt: skip
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUTO_MAP = {
     "AutoConfig": "configuration_protoleak.ProtoLeakConfig",
     "AutoModel": "modeling_protoleak.ProtoLeakModel",
@@ -61,6 +70,25 @@ class CheckpointMixin:
             )
         vars(self.base_model)["_vae"] = vae.requires_grad_(False).eval()  # past the registry of submodules
 
+    def attach_components(self, vae: nn.Module, scheduler) -> None:
+        """
+        Hold `vae`, and take over the noise schedule of `scheduler`. Where one of them can't be used, or the
+        detector wasn't fitted with them, it is a `ValueError`, and all stays as it was.
+        """
+        before = self.vae, make_scheduler(self.config)
+        try:
+            self._take_components(vae, scheduler)
+            if self.detector is not None:
+                self.check_detector(self.detector)
+        except ValueError:
+            self._take_components(*before)
+            raise
+
+    def _take_components(self, vae: nn.Module, scheduler) -> None:
+        if vae is not self.vae:
+            self.attach_vae(vae)
+        self.base_model.set_scheduler(scheduler)
+
     def drop_decoder(self) -> None:
         """Free the half of the VAE's memory that attribution never needs; the model can't be saved then."""
         if hasattr(self.vae, "decoder"):
@@ -93,8 +121,11 @@ class CheckpointMixin:
                 a new head, it is left out with a warning.
         """
         name = pretrained_model_name_or_path
+        hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+        resolving = {argument: hub[argument] for argument in RESOLVING_ARGUMENTS if argument in hub}
+        hub["revision"] = resolve_revision(name, **resolving)  # so that all files are of one commit
         try:
-            result = super().from_pretrained(name, *model_args, **kwargs)
+            result = super().from_pretrained(name, *model_args, **kwargs | hub)
         except SafetensorError as error:
             raise OSError(f"model.safetensors of {name} is damaged: {error}; fetch it again") from error
         except RuntimeError as error:  # shapes that are not those of the config
@@ -103,7 +134,7 @@ class CheckpointMixin:
         for weight_name, weight in model.state_dict().items():
             if not weight.is_meta and not weight.isfinite().all():
                 raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
-        hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
+        hub["subfolder"] = kwargs.get("subfolder") or ""
         model.attach_vae(load_vae(name, model.config, **hub) if vae is None else vae)
         try:
             model._load_detector(name, hub)
@@ -118,36 +149,49 @@ class CheckpointMixin:
 
     # --- saving
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ):
         """
         As [`PreTrainedModel.save_pretrained`]; writes the VAE, the scheduler, the detector and the code
-        beside.
+        beside, and then, with `push_to_hub`, uploads the whole checkpoint: see [`upload_checkpoint`].
         """
+        upload = {name: kwargs.pop(name) for name in ("private", *UPLOAD_ARGUMENTS) if name in kwargs}
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = {"image-attribution": dict(CUSTOM_PIPELINE)}
         super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            folder = Path(save_directory)
-            scheduler = make_scheduler(self.config)
-            scheduler.save_pretrained(folder / "scheduler")
-            if self.vae is not None:
-                self._save_vae(folder, type(scheduler).__name__)
-            self._save_detector(folder)
-            for code in Path(__file__).parent.glob(CODE):
-                (folder / code.name).write_bytes(code.read_bytes())
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        scheduler = make_scheduler(self.config)
+        scheduler.save_pretrained(folder / "scheduler")
+        if self.vae is not None:
+            self._save_vae(folder, type(scheduler).__name__)
+        self._save_detector(folder)
+        for code in Path(__file__).parent.glob(CODE):
+            (folder / code.name).write_bytes(code.read_bytes())
+        mode = (folder / "config.json").stat().st_mode  # safetensors and diffusers keep files to their owner
+        for file in (*folder.glob("*.safetensors"), *folder.glob("vae/*")):
+            file.chmod(mode)
+        if push_to_hub:
+            upload_checkpoint(folder, repo_id or folder.resolve().name, token=kwargs.get("token"), **upload)
 
     def _save_vae(self, folder: Path, scheduler_class: str) -> None:
         """`vae/`, and the index by which diffusers finds it."""
         if getattr(self.vae, "decoder", self.vae) is None:
             raise ValueError("the VAE's decoder was dropped, so it can't be saved; load the model again")
-        self.vae.save_pretrained(folder / "vae")
-        for file in (folder / "vae").iterdir():
-            file.chmod(0o644)  # diffusers writes weights that only their owner can read
+        save_autoencoder(self.vae, folder / "vae")
         index = {
-            "_class_name": ["pipeline_protoleak", "ProtoLeakDiffusionPipeline"],
+            "_class_name": ["diffusion_protoleak", "ProtoLeakDiffusionPipeline"],
             "vae": ["diffusers", type(self.vae).__name__],
             "scheduler": ["diffusers", scheduler_class],
             "attribution_model": [None, None],
+            "image_processor": [None, None],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -181,7 +225,11 @@ def schedule_of(scheduler, config: ProtoLeakConfig) -> dict[str, Any]:
 
 def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """The scaled posterior mode of a VAE: (N, 3, h, w) in [-1, 1] -> latents (N, C, H, W), float32"""
-    encoded = vae.encode(pixel_values.to(device=vae.device, dtype=vae.dtype))
+    hook = getattr(
+        vae, "_hf_hook", None
+    )  # of `enable_model_cpu_offload`, which moves the VAE when it is called
+    device = getattr(hook, "execution_device", None) or vae.device
+    encoded = vae.encode(pixel_values.to(device=device, dtype=vae.dtype))
     if hasattr(encoded, "latent_dist"):  # AutoencoderKL
         latents = encoded.latent_dist.mode()
     else:  # AutoencoderTiny has `latents`, AutoencoderDC `latent`
@@ -190,27 +238,70 @@ def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     return (latents.float() - shift) * vae.config.scaling_factor
 
 
-def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, **hub) -> nn.Module:
+def upload_checkpoint(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **upload: Any,
+):
+    """
+    Push the checkpoint in a folder, in one commit; other files that lie there stay where they are. `upload`
+    is what [`~HfApi.upload_folder`] takes besides. Returns its `CommitInfo`.
+    """
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return hub.upload_folder(
+        repo_id=repo_id, folder_path=folder, allow_patterns=list(CHECKPOINT_FILES), **upload
+    )
+
+
+# --- the VAE's files ----------------------------------------------------------------------------------------
+
+
+def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, subfolder: str = "", **hub) -> nn.Module:
     """The VAE in the checkpoint's `vae/`; where there is none, the one that the config names."""
-    if has_vae_folder(checkpoint, **hub):
-        return load_autoencoder(checkpoint, "vae", **hub)
+    own = f"{subfolder}/vae" if subfolder else "vae"
+    if _vae_folder(checkpoint, own, **hub):
+        return load_autoencoder(checkpoint, own, **hub)
     hub["revision"] = config.vae_revision
-    return load_autoencoder(config.vae_name_or_path, config.vae_subfolder, **hub)
+    return load_autoencoder(_named_vae(checkpoint, config.vae_name_or_path), config.vae_subfolder, **hub)
+
+
+def _named_vae(checkpoint: str | os.PathLike, name: str) -> str:
+    """
+    What a config's `vae_name_or_path` means: an absolute folder, one beside the checkpoint's files if it
+    begins with a dot, else a Hub id. It never is what happens to lie in the working directory (`OSError`).
+    """
+    if name.startswith(".") and Path(checkpoint).is_dir():
+        return str(Path(checkpoint, name).resolve())
+    if not Path(name).is_absolute() and (name.startswith(".") or Path(name).exists()):
+        raise OSError(
+            f"{checkpoint} has no vae/ folder, and its config's vae_name_or_path = {name!r} would be in the "
+            f"working directory; pass an autoencoder with from_pretrained(..., vae=)"
+        )
+    return name
 
 
 def has_vae_folder(name: str | os.PathLike, **hub) -> bool:
     """Whether the Hub id or folder has its autoencoder in `vae/`, as checkpoints and pipelines do."""
+    return _vae_folder(name, "vae", **hub) is not None
+
+
+def _vae_folder(name: str | os.PathLike, subfolder: str | None, **hub) -> Path | None:
+    """The folder on this machine with an autoencoder's config, `None` where there is none."""
     if Path(name).is_absolute() or Path(name).is_dir():
-        return (Path(name) / "vae" / "config.json").exists()
-    path = cached_file(
-        name, "config.json", subfolder="vae", _raise_exceptions_for_missing_entries=False, **hub
-    )
-    return path is not None
+        folder = Path(name, subfolder or "").resolve()
+        return folder if (folder / "config.json").exists() else None
+    options = {"subfolder": subfolder or "", "_raise_exceptions_for_missing_entries": False}
+    path = cached_file(name, "config.json", **options, **hub)
+    return None if path is None else Path(path).parent
 
 
 def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hub) -> nn.Module:
     """
-    An autoencoder of diffusers from a Hub id or a folder.
+    An autoencoder of diffusers from a Hub id or a folder. Its config's `_name_or_path` is the folder on this
+    machine that its files are in.
 
     Raises:
         OSError: telling which, why, and how to pass another.
@@ -218,10 +309,46 @@ def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hu
     import diffusers
 
     try:
-        return diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
+        vae = diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
+        vae.register_to_config(_name_or_path=str(_vae_folder(name, subfolder, **hub)))
     except Exception as error:  # also what a missing, gated or damaged repository raises
         raise OSError(
             f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
             f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)) "
             f"or set config.vae_name_or_path to a local folder"
         ) from error
+    return vae
+
+
+def save_autoencoder(vae: nn.Module, folder: Path) -> None:
+    """
+    Write an autoencoder. Files that it was loaded from are copied byte by byte where they still say the same:
+    a precision to compute with is not one to save, and another version of diffusers no reason to write anew.
+    """
+    source = vae.config.get("_name_or_path")
+    source = None if source is None else Path(source).resolve()
+    if source is None or not _has_weights_of(source / VAE_WEIGHTS, vae):
+        vae.save_pretrained(folder)
+    elif source != folder.resolve():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / VAE_WEIGHTS, folder / VAE_WEIGHTS)
+    content = json.loads(vae.to_json_string())
+    content.pop("_name_or_path", None)  # a place on this machine
+    if source is not None and (stored := source / "config.json").exists():
+        earlier = json.loads(stored.read_text())
+        if earlier | {"_diffusers_version": content["_diffusers_version"]} == content:
+            content = earlier
+    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _has_weights_of(file: Path, vae: nn.Module) -> bool:
+    """Whether a file has these weights, perhaps more precisely."""
+    weights = vae.state_dict()
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return set(stored.keys()) == set(weights) and all(
+                torch.equal(stored.get_tensor(name).to(weight.dtype), weight.cpu())
+                for name, weight in weights.items()
+            )
+    except (OSError, SafetensorError):  # it is gone, or not whole
+        return False

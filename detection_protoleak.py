@@ -12,6 +12,7 @@ from transformers.utils import cached_file, logging
 
 from .calibration_protoleak import CrossFitted
 from .density_protoleak import OpenSetDetector
+from .pipeline_protoleak import check_options, records_of
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,7 @@ class DetectorMixin:
     """
 
     detector: OpenSetDetector | None = None
+    check_options = staticmethod(check_options)  # of `records`
 
     def probe(self) -> torch.Tensor:
         """What VAE and network make of a fixed image, (D,): with the same probe they are the same."""
@@ -100,6 +102,10 @@ class DetectorMixin:
         self.set_labels(detector.labels)
         self.head.place(len(detector.labels) - 1, torch.from_numpy(centres))
         self._take_detector(detector)
+
+    def records(self, output: Any, **options: Any) -> list[dict[str, Any]]:
+        """What this model's output says of each image, in plain values and in words, see [`records_of`]."""
+        return records_of(output, self.config, **options)
 
     def check_detector(self, detector: OpenSetDetector) -> None:
         """

@@ -28,7 +28,7 @@ from .statistics_protoleak import Discriminant, LatentWhitening, evidence, norma
 from .texture_protoleak import PrincipalPlane
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
-    from .pipeline_protoleak import ImageAttributionPipeline  # noqa: F401
+    from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
 
 PARKED = 1e4  # where prototypes lie that are not in use: no embedding comes there
 

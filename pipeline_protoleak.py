@@ -1,18 +1,13 @@
 """
-Pipelines: `ImageAttributionPipeline` for transformers and `ProtoLeakDiffusionPipeline` for diffusers. The
-record of one attribution, and its verdict in words, are made here.
-
-This module imports no other of the package: diffusers loads it alone.
+The transformers pipeline: `ImageAttributionPipeline`. The record of one attribution, and its verdict in
+words, are made here.
 """
 
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Pipeline
+from transformers import AutoModelForImageClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 TASK = "image-attribution"
@@ -26,9 +21,6 @@ RECORD_FIELDS = (
     "prediction_set", "ruled_out", "attributions", "scope",
 )  # fmt: skip
 VERDICT_OPTIONS = ("alpha", "camera_alpha", "top_k")
-LISTS = (  # what a diffusers output has of all records, as lists
-    "label", "verdict", "origin", "score", "open_set_score", "p_value", "generated_p_value",
-)  # fmt: skip
 
 
 def attribution_record(
@@ -281,128 +273,6 @@ def stability(record: dict[str, Any], treatments: list[str], others: list[dict[s
     return {"agreeing": agreeing, "count": len(verdicts), "verdicts": verdicts}
 
 
-@dataclass
-class ProtoLeakPipelineOutput(BaseOutput):
-    """
-    Args:
-        labels (`list[str]`): The verdict for each image, a known class or "unknown".
-        verdicts (`list[str]`): The same in a sentence each.
-        origins (`list[str]`), scores, open_set_scores, p_values, generated_p_values (`list[float]`):
-            As in the records.
-        records (`list[dict]`): See [`attribution_record`].
-        latents (`torch.FloatTensor`, *optional*):
-            The re-simulated z_t, `(batch_size, num_timesteps, channels, height, width)`.
-    """
-
-    labels: list[str]
-    verdicts: list[str]
-    origins: list[str | None]
-    scores: list[float]
-    open_set_scores: list[float | None]
-    p_values: list[float | None]
-    generated_p_values: list[float | None]
-    records: list[dict[str, Any]]
-    latents: torch.Tensor | None = None
-
-
-class ProtoLeakDiffusionPipeline(DiffusionPipeline):
-    """
-    Attribution as a diffusers pipeline: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
-
-    Components are `vae`, `scheduler` (its noise schedule is what is re-simulated) and `attribution_model`,
-    which is loaded on first use and shares the VAE. A VAE or scheduler that is swapped in is used from then
-    on; the detector doesn't fit it, which is an error until `attribution_model.detector` is fitted anew or
-    `None`.
-    """
-
-    _optional_components = ["attribution_model"]
-
-    def __init__(self, vae, scheduler, attribution_model=None):
-        super().__init__()
-        self.register_modules(vae=vae, scheduler=scheduler, attribution_model=attribution_model)
-        self._image_processor = None
-
-    def _prepare(self):
-        """The attribution model with this pipeline's VAE and noise schedule, which its detector must fit."""
-        source = self.config._name_or_path
-        if self.attribution_model is None:
-            model = AutoModelForImageClassification.from_pretrained(
-                source, trust_remote_code=True, vae=self.vae
-            )
-            self.register_modules(attribution_model=model.to(self.vae.device).eval())
-        if self._image_processor is None:
-            self._image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
-        model = self.attribution_model
-        if model.vae is not self.vae:
-            model.attach_vae(self.vae)
-        model.protoleak.set_scheduler(self.scheduler)
-        if model.detector is not None:
-            model.check_detector(model.detector)
-        return model
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        images: Any,
-        batch_size: int = 16,
-        alpha: float | None = None,
-        camera_alpha: float | None = None,
-        output_latents: bool = False,
-        return_dict: bool = True,
-        top_k: int | None = None,
-        timeout: float | None = None,
-    ) -> ProtoLeakPipelineOutput | tuple:
-        """
-        Args:
-            images: One image or several, as [`ImageAttributionPipeline`] takes them.
-            batch_size (`int`): Images that go through the VAE together.
-            alpha, camera_alpha (`float`, *optional*): Levels of the verdict, instead of the config's.
-            top_k (`int`, *optional*): How many classes a record's attributions have at most.
-            timeout (`float`, *optional*): How many seconds a URL may take, instead of the processor's.
-            output_latents (`bool`): Whether to return the re-simulated latents of every timestep.
-        """
-        levels = {"alpha": alpha, "camera_alpha": camera_alpha, "top_k": top_k}
-        check_options(levels | {"timeout": timeout})
-        model, processor = self._prepare(), self._image_processor
-        several = processor.several(images)
-        images = [images] if several is None else several
-        waiting = {} if timeout is None else {"timeout": timeout}
-        records, latents = [], []
-        for start in self.progress_bar(range(0, len(images), batch_size)):
-            opened = [processor.open(image, **waiting) for image in images[start : start + batch_size]]
-            pixel_values = processor(opened)["pixel_values"].to(self.vae.device)
-            output = model(pixel_values, output_noisy_latents=output_latents, return_dict=True)
-            records += records_of(output, model.config, **levels)
-            latents.append(output.get("noisy_latents"))
-        result = ProtoLeakPipelineOutput(
-            **{f"{name}s": [record[name] for record in records] for name in LISTS},
-            records=records,
-            latents=torch.cat(latents) if output_latents and latents else None,
-        )
-        return result if return_dict else result.to_tuple()
-
-    def enable_vae_slicing(self) -> None:
-        """Encode one image after another."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Encode a batch at once again."""
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Encode large images in tiles."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Encode whole images again."""
-        self.vae.disable_tiling()
-
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Write a checkpoint that every loader takes: weights, VAE, detector, processor and code."""
-        self._prepare().save_pretrained(save_directory, *args, **kwargs)
-        self._image_processor.save_pretrained(save_directory)
-
-
 if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
         TASK, ImageAttributionPipeline, pt_model=AutoModelForImageClassification, type="image"
@@ -411,7 +281,6 @@ if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
 
 __all__ = [
     "ImageAttributionPipeline",
-    "ProtoLeakDiffusionPipeline",
     "attribution_record",
     "records_of",
     "verdict_sentence",

@@ -54,7 +54,8 @@ def imports_of(path: Path) -> set[str]:
             start = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*start, *filter(None, [node.module])])
             if module == "protoleak":
-                modules |= {f"protoleak.{protoleak._OWNERS.get(a.name, a.name)}" for a in node.names}
+                owners = (getattr(getattr(protoleak, a.name, None), "__module__", a.name) for a in node.names)
+                modules |= {f"protoleak.{owner.removeprefix('protoleak.')}" for owner in owners}
             elif module.startswith("protoleak."):
                 modules.add(module)
     return {module.removeprefix("protoleak.").replace(".", "/") for module in modules}

@@ -9,15 +9,15 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
-from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak import (
+    ImageAttributionPipeline,
+    ProtoLeakDiffusionPipeline,
+    ProtoLeakForImageAttribution,
+    ProtoLeakImageProcessor,
+)
 from protoleak.checkpoint_protoleak import make_scheduler
 from protoleak.cli import main
-from protoleak.pipeline_protoleak import (
-    RECORD_FIELDS,
-    ProtoLeakDiffusionPipeline,
-    attribution_record,
-    verdict_sentence,
-)
+from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record, verdict_sentence
 from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
@@ -228,8 +228,7 @@ def test_alpha_moves_the_verdict(fitted_model, processor, photo):
 
 def in_diffusers(model, processor) -> ProtoLeakDiffusionPipeline:
     """The pipeline of diffusers around a model in memory."""
-    pipe = ProtoLeakDiffusionPipeline(model.vae, make_scheduler(model.config), model)
-    pipe._prepare, pipe._image_processor = lambda: model, processor
+    pipe = ProtoLeakDiffusionPipeline(model.vae, make_scheduler(model.config), model, processor)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
