@@ -154,12 +154,9 @@ class ProtoLeakConfig(PreTrainedConfig):
             raise ValueError(
                 f"keep_resolution needs a 'resnet' backbone; got {self.backbone_config.model_type!r}"
             )
-        if not __name__.startswith(
-            "transformers_modules."
-        ):  # the installed package's pipeline is registered,
-            kwargs.pop(
-                "custom_pipelines", None
-            )  # and transformers would ask for trust in the checkpoint's own
+        # the installed package's pipeline is registered; transformers would ask for trust in the checkpoint's
+        if not __name__.startswith("transformers_modules."):
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
