@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 
 REAL = "real"  # the class of photographs; every other is a generator
 
@@ -91,6 +90,10 @@ def fit_temperature(class_scores: torch.Tensor, labels: torch.Tensor) -> float:
         log_probabilities = (class_scores / math.exp(log_temperature)).log_softmax(dim=1)[own]
         return -(weights * log_probabilities).sum().item()
 
+    try:  # where transformers doesn't look for what a checkpoint's code needs: loading doesn't
+        from scipy.optimize import minimize_scalar
+    except ImportError as error:
+        raise ImportError("fitting a detector needs SciPy: pip install scipy") from error
     bounds = math.log(1e-3), math.log(1e3)
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 

@@ -91,8 +91,10 @@ class DetectorMixin:
         Raises:
             ValueError: there is no detector to extend, the name is taken, or there are too few images.
         """
-        from sklearn.cluster import KMeans
-
+        try:  # where transformers doesn't look for what a checkpoint's code needs: loading doesn't
+            from sklearn.cluster import KMeans
+        except ImportError as error:
+            raise ImportError("enrolling needs scikit-learn: pip install scikit-learn") from error
         if self.detector is None:
             raise ValueError("this model has no detector to extend; train it with train.py first")
         detector = self.detector.enroll(name, images)

@@ -6,24 +6,37 @@ import sys
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import ModelCard
-from protoleak import ProtoLeakForImageAttribution
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.cli import main
 
-from .conftest import tiny_vae
-from .hub_matrix import LOADERS, differences, make_kinds
+from .conftest import draw_folder, fit_random_detector, tiny_model, tiny_vae
+from .hub_matrix import LOADERS, matrix, rows
 
 
-def test_every_loader_on_every_kind_of_checkpoint(checkpoint, folder, tmp_path):
-    enroll = [str(path) for path in sorted((folder / "unknown/c").iterdir())[:4]]
-    kinds = make_kinds(checkpoint, tmp_path / "kinds", str(folder), enroll)
-    table = differences(kinds, enroll[0], tmp_path / "kinds" / "hf")
-    assert set(table) == {"local", "Hub cache", "re-saved", "fine-tuned", "enrolled"}
-    for kind, row in table.items():
-        assert set(row) == set(LOADERS)
-        for loader, difference in row.items():
-            assert difference <= 1e-5, (kind, loader)
-    assert "newcomer" in ModelCard.load(tmp_path / "kinds/enrolled/README.md").text
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, cache) -> tuple[dict, dict]:
+    """The matrix of a tiny model; `python tests/hub_matrix.py` prints the bundled one's."""
+    folder = tmp_path_factory.mktemp("hub")
+    model, processor = tiny_model(), ProtoLeakImageProcessor(crop_size=32)
+    fit_random_detector(model)
+    model.save_pretrained(folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
+    data = draw_folder(folder / "data")
+    images = [str(path) for path in sorted((data / "unknown/c").iterdir())[:4]]
+    return matrix(folder / "checkpoint", folder, str(data), images)
+
+
+def test_every_loader_on_every_kind_of_checkpoint(found):
+    columns, _ = found
+    for name, column in columns.items():
+        assert isinstance(column, dict), f"{name}: {column}"
+        assert set(column) == set(LOADERS)
+        assert max(column.values()) <= 1e-5, (name, column)
+
+
+@pytest.mark.parametrize("row", rows())
+def test_what_users_do(found, row):
+    assert found[1][row] == "yes", found[1][row]
 
 
 # --- diffusers ----------------------------------------------------------------------------------------------
