@@ -225,9 +225,8 @@ def schedule_of(scheduler, config: ProtoLeakConfig) -> dict[str, Any]:
 
 def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """The scaled posterior mode of a VAE: (N, 3, h, w) in [-1, 1] -> latents (N, C, H, W), float32"""
-    hook = getattr(
-        vae, "_hf_hook", None
-    )  # of `enable_model_cpu_offload`, which moves the VAE when it is called
+    # diffusers' `enable_model_cpu_offload` moves the VAE when it is called, but not what it is called with
+    hook = getattr(vae, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) or vae.device
     encoded = vae.encode(pixel_values.to(device=device, dtype=vae.dtype))
     if hasattr(encoded, "latent_dist"):  # AutoencoderKL
