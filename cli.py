@@ -110,7 +110,8 @@ def enroll(arguments: argparse.Namespace) -> int:
     from .training.enrolment import write_enrolled
 
     files = _find(arguments.images)
-    labels = write_enrolled(arguments.model, arguments.name, files, arguments.output_dir)
+    extended = (arguments.model, arguments.name, files, arguments.output_dir, arguments.thumbnails)
+    labels = write_enrolled(*extended)
     print(
         f"{arguments.name} enrolled from {len(files)} images; {len(labels)} classes in {arguments.output_dir}"
     )
@@ -119,20 +120,19 @@ def enroll(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`protoleak evaluate`: every metric of a checkpoint on a data set's test splits."""
-    from .evaluation.predictions import Subject
     from .evaluation.protocol import evaluate_subject
-    from .evaluation.report import SHORTCUT_WARNING, format_report, write_results
-    from .evaluation.shortcuts import tells_classes
+    from .evaluation.report import format_report, write_results
+    from .evaluation.shortcuts import shortcut_warnings
 
-    data = (arguments.dataset, arguments.unknown, arguments.source_column)
-    subject = Subject.load(arguments.model, *data)
+    subject = _subject(arguments)
     evaluation = evaluate_subject(subject, arguments.noise_seeds, arguments.normalise_format)
     if not subject.accelerator.is_main_process:
         return 0
     text = format_report(evaluation)
     print(text)
-    if tells_classes(evaluation.main.format_bias) and not arguments.normalise_format:
-        print(f"warning: {SHORTCUT_WARNING}", file=sys.stderr)
+    if bias := evaluation.main.format_bias:
+        for warning in shortcut_warnings({"files": bias}):
+            print(f"warning: {warning}", file=sys.stderr)
     if arguments.output_dir:
         from .forensics.figures import draw_evaluation, save_figures
 
@@ -146,11 +146,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def robustness(arguments: argparse.Namespace) -> int:
     """`protoleak robustness`: the metrics again after every kind of post-processing."""
-    from .evaluation.predictions import Subject
     from .evaluation.report import format_robustness, write_results
     from .evaluation.robustness import measure_robustness
 
-    subject = Subject.load(arguments.model, arguments.dataset, arguments.unknown)
+    subject = _subject(arguments)
     table = measure_robustness(subject, arguments.quick)
     if subject.accelerator.is_main_process:
         text = format_robustness(table)
@@ -161,6 +160,18 @@ def robustness(arguments: argparse.Namespace) -> int:
             write_results(arguments.output_dir, "robustness", table, text)
             save_figures({"robustness": draw_robustness(table)}, arguments.output_dir)
     return 0
+
+
+def _subject(arguments: argparse.Namespace):
+    """The checkpoint and the data set that are named."""
+    from .evaluation.columns import Columns
+    from .evaluation.predictions import Subject
+
+    columns = Columns(
+        arguments.image_column_name, arguments.label_column_name, source=arguments.source_column
+    )
+    data = (arguments.dataset, arguments.unknown, columns, arguments.dataset_config_name)
+    return Subject.load(arguments.model, *data)
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -229,19 +240,23 @@ def _enroll_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", help="what to call it")
     command.add_argument("images", nargs="+", help="its images: files, and folders, searched recursively")
     command.add_argument("--output_dir", required=True, help="new folder for the extended checkpoint")
+    what = "keep small pictures of its images in the checkpoint, for reports"
+    command.add_argument("--thumbnails", action="store_true", help=what)
 
 
 def _measuring_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", required=True, help="as train.py takes it")
     command.add_argument("--unknown", help="images by generators that the model does not know")
     command.add_argument("--output_dir", help="write the results there, as JSON, Markdown and figures")
+    for name in ("image_column_name", "label_column_name", "dataset_config_name"):
+        command.add_argument(f"--{name}", help="of --dataset, as train.py takes it")
+    what = "the data set's column that tells where an image was collected (default: source)"
+    command.add_argument("--source_column", default="source", help=what)
 
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     _measuring_arguments(command)
     command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
-    what = "the data set's column that tells where an image was collected (default: source)"
-    command.add_argument("--source_column", default="source", help=what)
     what = "encode every image as JPEG of quality 90 first"
     command.add_argument("--normalise_format", action="store_true", help=what)
 

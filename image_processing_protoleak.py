@@ -18,6 +18,7 @@ from .image_files_protoleak import open_encoded
 from .postprocessing_protoleak import postprocess
 
 REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
+JPEG_QUALITY = 90  # that image formats are normalised by
 NUM_CROPS = (1, 4, 9, 16)
 TIMEOUT = 20.0  # seconds to wait for a URL
 
@@ -129,6 +130,8 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         size (`int` or `dict[str, int]`, *optional*): `crop_size` as other image processors call it: a number,
             `{"shortest_edge": 256}`, or height and width that are equal. It overrides `crop_size`.
         device (`str`, *optional*): Where pixel values go.
+        jpeg_quality (`int`, *optional*): Every image is encoded as JPEG of this quality, 1 to 95, before it
+            is cut, so that a model that was trained so does not tell PNG files from JPEG files.
 
     Attributes:
         image_mean, image_std (`list[float]`): What pixel values are normalised by, as in
@@ -152,6 +155,7 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         max_pixels: int = MAX_PIXELS,
         size: int | Mapping[str, int] | None = None,
         device: str | None = None,
+        jpeg_quality: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -168,6 +172,9 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"resample must be one of {[int(r) for r in Image.Resampling]}; got resample={resample!r}"
             )
+        if jpeg_quality is not None and jpeg_quality not in range(1, 96):
+            raise ValueError(f"jpeg_quality must be within 1 and 95, or None; got {jpeg_quality!r}")
+        self.jpeg_quality = jpeg_quality
         self.crop_size, self.do_resize, self.resample = crop_size, do_resize, int(resample)
         self.num_crops, self.max_pixels, self.device = num_crops, max_pixels, device
 
@@ -220,7 +227,7 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         changes = {name: value for name, value in changes.items() if value is not None}
         if not changes:
             return self
-        own = ("crop_size", "do_resize", "resample", "num_crops", "max_pixels", "device")
+        own = ("crop_size", "do_resize", "resample", "num_crops", "max_pixels", "device", "jpeg_quality")
         return type(self)(**{name: getattr(self, name) for name in own} | changes)
 
     def open(self, image: Any, timeout: float | None = TIMEOUT) -> Image.Image:
@@ -233,6 +240,8 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         its size asks for.
         """
         image = self.open(image)
+        if self.jpeg_quality is not None:
+            image = postprocess(image, "jpeg", self.jpeg_quality)
         size = self._working_size(*image.size)
         if size != image.size:
             image = image.resize(size, self.resample)

@@ -35,8 +35,9 @@ from protoleak.evaluation.splits import load_splits
 from protoleak.explanation_protoleak import keep_origins, keep_thumbnails
 from protoleak.files_protoleak import whole_folder
 from protoleak.forensics.figures import draw_evaluation, save_figures
-from protoleak.training.arguments import TrainingArguments
-from protoleak.training.card import write_card
+from protoleak.training.arguments import TrainingArguments, hub_id, public_name
+from protoleak.training.card import HubFacts, write_card
+from protoleak.training.checks import Screen, look_for_faults, note_scope
 from protoleak.training.cross_fitting import join_learned
 from protoleak.training.initialisation import (
     begin_across_sources,
@@ -44,6 +45,7 @@ from protoleak.training.initialisation import (
     class_names,
     fit_whitening,
     make_model,
+    make_processor,
 )
 from protoleak.training.latents import LatentCache
 from protoleak.training.loop import fit
@@ -64,10 +66,10 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
     """
     accelerator, seconds = start_accelerator(arguments), {}
     with timed("encoding", seconds):
-        splits = load_splits(arguments.dataset_name, arguments.seed, arguments.source_column)
-        if new := not arguments.model_name_or_path:
-            splits = join_learned(splits)
-        model, processor = make_model(arguments, class_names(splits["train"]["label"]), vae)
+        splits, names = load_data(arguments)
+        faults = look_for_faults(splits["train"], arguments.normalise_format)
+        model, processor = make_model(arguments, names, vae)
+        new = not arguments.model_name_or_path
         model.to(accelerator.device)
         cache = LatentCache(model, processor, accelerator)
         if new:
@@ -85,13 +87,24 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
             history = fit(model, data.train, data.validation, arguments, accelerator)
     with timed("evaluation", seconds):
         fit_detector(model, data, splits["train"], cross_fitted, arguments, accelerator)
-        summary = summarise(model, data, splits, history, arguments, accelerator)
+        note_scope(model, splits["train"], arguments.data_titles, arguments.scope)
+        summary = summarise(model, data, splits, history, arguments, accelerator) | faults
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     if accelerator.is_main_process:
         save(model, processor, summary, arguments)
         publish(arguments)
     accelerator.end_training()
     return summary
+
+
+def load_data(arguments: TrainingArguments) -> tuple[datasets.DatasetDict, list[str]]:
+    """The splits that training takes, without images that can't be read, and the classes in their order."""
+    screen = Screen(make_processor(arguments).max_pixels)
+    data = (arguments.columns, arguments.dataset_config_name, screen)
+    splits = load_splits(arguments.dataset_name, arguments.seed, *data)
+    screen.settle(arguments.skip_unreadable)
+    names = class_names(splits["train"]["label"], splits.label_names)
+    return splits if arguments.model_name_or_path else join_learned(splits), names
 
 
 @contextmanager
@@ -145,7 +158,7 @@ def summarise(
     evaluation = evaluate_model(model, accelerator=accelerator, **options | data.evaluated)
     evaluation.note_sources(splits)
     return {
-        "dataset": " and ".join(Path(name).name for name in arguments.dataset_name),
+        "dataset": " and ".join(arguments.data_titles),
         "epochs": max(0, len(history) - 1),
         **evaluation.to_dict(),
         "history": history,
@@ -168,8 +181,14 @@ def save(
         if summary["history"]
         else "as a discriminant, chosen and calibrated by leaving sources out"
     )
-    origin = f"Trained on {summary['dataset']} {how}."
-    write_card(folder, model, origin, arguments.command, summary)
+    base = arguments.model_name_or_path
+    origin = f"Trained on {summary['dataset']} {how}{f', from {public_name(base)} on' if base else ''}."
+    hub = HubFacts(
+        license=arguments.license,
+        base_model=hub_id(arguments.model_name_or_path),
+        datasets=list(filter(None, map(hub_id, arguments.dataset_name))),
+    )
+    write_card(folder, model, origin, arguments.command, summary, hub)
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
 
 
@@ -186,7 +205,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of each file of each epoch's state
     datasets.disable_progress_bars() if not sys.stderr.isatty() else None
-    summary = train(arguments)
+    try:
+        summary = train(arguments)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"train.py: {error}")
     if Accelerator().is_main_process:
         print(format_summary(Evaluation.from_dict(summary).splits))
         print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; {arguments.output_dir}")

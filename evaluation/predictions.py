@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..training.latents import LatentCache, LatentDataset
-from .splits import SOURCE, held_out_images
+from .columns import Columns
+from .splits import held_out_images
 
 ORIGINS = ("camera", "generated", "can't tell")  # what a record's `origin` may be
 
@@ -139,14 +140,19 @@ class Subject:
 
     @classmethod
     def load(
-        cls, checkpoint: str, dataset: str, unknown: str | None = None, source_column: str = SOURCE
+        cls,
+        checkpoint: str,
+        dataset: str,
+        unknown: str | None = None,
+        columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+        config_name: str | None = None,
     ) -> "Subject":
         """
         Args:
             checkpoint (`str`): Folder or Hub id.
             dataset (`str`): Whose splits test and, where there are such, cross and unknown are looked at.
             unknown (`str`, *optional*): More images by generators that the model doesn't know.
-            source_column (`str`): Of the data set, see [`load_splits`].
+            columns ([`Columns`]), config_name (`str`, *optional*): Of the data set, see [`load_splits`].
 
         Raises:
             ValueError: the checkpoint has no verdicts, or other classes than the data set.
@@ -155,7 +161,7 @@ class Subject:
         if model.detector is None:
             raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
         processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-        splits = held_out_images(dataset, model.config.label_names, unknown, source_column)
+        splits = held_out_images(dataset, model.config.label_names, unknown, columns, config_name)
         accelerator = Accelerator()
         return cls(model.to(accelerator.device), processor, splits, accelerator)
 

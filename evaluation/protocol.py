@@ -9,11 +9,12 @@ from accelerate import Accelerator
 
 from ..configuration_protoleak import FEATURES
 from ..evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
+from ..image_processing_protoleak import JPEG_QUALITY
 from ..scores_protoleak import OPEN_SET_SCORES
-from ..training.latents import LatentDataset, View
+from ..training.latents import LatentDataset
 from .metrics import RESAMPLES, Metrics, bootstrap, compute_metrics, quantiles, real_scores, reliability
 from .predictions import Predictions, Subject, predict
-from .shortcuts import format_bias
+from .shortcuts import find_shortcuts
 from .splits import CROSS, count_sources
 from .verdicts import (
     REAL,
@@ -58,7 +59,7 @@ class SplitEvaluation:
         open_set_scores (`dict[str, dict]`, *optional*): Metrics of each open-set score of the package.
         noise (`dict[str, list[float]]`, *optional*): The main metrics for each draw of the evaluation noise,
             the config's first.
-        format_bias (`dict`, *optional*): See [`format_bias`].
+        format_bias (`dict`, *optional*): Of the files, see [`find_shortcuts`].
     """
 
     num_test: int
@@ -321,21 +322,25 @@ def evaluate_model(
 
 def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: bool = False) -> Evaluation:
     """
-    [`evaluate_model`] and [`format_bias`] of a checkpoint that is loaded with its images.
+    [`evaluate_model`] and [`find_shortcuts`] of a checkpoint that is loaded with its images.
 
     Args:
-        normalise_format (`bool`): Whether every image is encoded as JPEG of quality 90 first.
+        normalise_format (`bool`): Whether every image is encoded as JPEG of quality 90 first, as it is in any
+            case where the checkpoint's image processor does so.
     """
-    rows, cache = subject.splits, subject.cache()
-    view = View(operator="jpeg", strength=90.0) if normalise_format else View()
-    data = {name: cache.encode(part, view) for name, part in rows.items()}
+    rows, processor = subject.splits, subject.processor
+    if normalise_format:
+        processor.jpeg_quality = JPEG_QUALITY
+    cache = subject.cache()
+    data = {name: cache.encode(part) for name, part in rows.items()}
     names = rows["unknown"]["label"] if "unknown" in rows else None
     latents = (data["test"], data.get("unknown"))
     evaluation = evaluate_model(
         subject.model, *latents, subject.accelerator, names, noise_seeds, cross=data.get(CROSS)
     )
     evaluation.note_sources(rows)
-    evaluation.main.format_bias = format_bias(rows["test"])
+    normalised = processor.jpeg_quality is not None
+    evaluation.main.format_bias = find_shortcuts(rows["test"], normalised).get("files")
     return evaluation
 
 

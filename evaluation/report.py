@@ -49,10 +49,6 @@ ROBUSTNESS_TITLES = {
     "unknown_rejected": "unknown called unknown",
     "stability": "verdict kept",
 }
-SHORTCUT_WARNING = (
-    "file formats, sizes or metadata alone tell the classes apart, so a model may have learned those; "
-    "evaluate with --normalise_format, and train on files that are encoded alike"
-)
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -229,7 +225,7 @@ def _split_sections(evaluation: Evaluation, split: SplitEvaluation) -> list[str]
         sections.append(_noise_list(split))
     sections.append(f"Macro AUC with permuted labels: {split.shuffled_macro_auc:.4f} (0.5 is chance).")
     if split.format_bias:
-        sections[-1] += "\n" + _format_bias_sentence(split)
+        sections[-1] += "\n" + format_bias_sentence(split.format_bias)
     return sections
 
 
@@ -254,10 +250,10 @@ def _noise_list(split: SplitEvaluation) -> str:
     return "\n".join(lines)
 
 
-def _format_bias_sentence(split: SplitEvaluation) -> str:
-    bias = split.format_bias
+def format_bias_sentence(bias: Mapping[str, Any], what: str = "File format, mode, size and metadata") -> str:
+    """How well `what` alone tells the classes, from what [`guessed_from`] gives."""
     return (
-        f"File format, mode, size and metadata alone: balanced accuracy {bias['balanced_accuracy']:.4f} "
+        f"{what} alone: balanced accuracy {bias['balanced_accuracy']:.4f} "
         f"(chance {bias['chance']:.4f}, p = {bias['p_value']:.2g})."
     )
 

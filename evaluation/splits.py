@@ -5,23 +5,44 @@ Image data sets as `datasets` loads them: splits, labels, groups and sources.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
-from ..image_files_protoleak import SUFFIXES, find_images
+from ..image_files_protoleak import find_images
+from .columns import SOURCE, Columns, normalise
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
-SOURCE = "source"  # the column that tells where an image was collected
 CROSS = "cross"  # the split of known classes from sources that training never sees
+UNKNOWN = "unknown"  # the split of generators that training never sees, and what a verdict calls their images
+FEWEST = {"train": 2, "validation": 1, "test": 1}  # images that a class needs in each split
 # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
 HELD_OUT = {"test": 0.3, "validation": 0.2}
 
 
-def load_splits(name: str | Sequence[str], seed: int = 0, source_column: str = SOURCE) -> DatasetDict:
+class Splits(DatasetDict):
+    """
+    A data set's splits.
+
+    Attributes:
+        label_names (`list[str]`): Known classes in the order in which the data set itself numbers them, so
+            that a model's numbers are the data set's; empty where it has names alone.
+    """
+
+    label_names: list[str] = []
+
+
+def load_splits(
+    name: str | Sequence[str],
+    seed: int = 0,
+    columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+    config_name: str | None = None,
+    screen: Callable[[str, Dataset], Dataset] | None = None,
+) -> Splits:
     """
     Train, validation, test and, where there are such, cross and unknown, with columns `image` (not decoded),
     `label` (str), and `source` where images have one.
@@ -30,44 +51,76 @@ def load_splits(name: str | Sequence[str], seed: int = 0, source_column: str = S
     are joined split by split; a generator that one of them trains on is no longer unknown in another.
 
     Args:
-        source_column (`str`): What the column of sources is called; it becomes `source`.
+        columns ([`Columns`]): What the data set calls them.
+        config_name (`str`, *optional*): Which of the data set's configurations.
+        screen (`Callable`, *optional*): Is given the name of each split and all its rows in their order, and
+            returns those to go on with.
 
     Raises:
-        ValueError: a data set has no images or labels, or the known classes are fewer than two; no data set
-            has `source_column`, and it is not the default; `cross` has a class that train lacks, or a source
-            that its class has in train or validation.
+        ValueError: a data set has no images or labels, or the known classes are fewer than two, or have too
+            few images, or one is called "unknown"; no data set has the named column of sources; `cross` has a
+            class that train lacks, or a source that its class has in train or validation.
     """
     names = [name] if isinstance(name, str) else list(name)
-    parts = [_load(part, seed, source_column) for part in names]
-    if source_column != SOURCE and not any(SOURCE in part["train"].column_names for part in parts):
-        raise ValueError(f"{', '.join(names)} has no column {source_column!r} that tells the sources")
+    parts = [_load(part, seed, columns, config_name, screen) for part in names]
+    if columns.source != SOURCE and not any(SOURCE in part["train"].column_names for part in parts):
+        raise ValueError(f"{', '.join(names)} has no column {columns.source!r} that tells the sources")
     splits = parts[0] if len(parts) == 1 else _joined(parts, names)
     name, known = ", ".join(names), set(splits["train"]["label"])
-    if len(known) < 2:
-        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
-    for split in ("validation", "test"):
-        if extra := set(splits[split]["label"]) ^ known:
-            raise ValueError(
-                f"{name}: train and {split!r} must have the same classes; they differ by {sorted(extra)}"
-            )
+    splits.label_names = [label for label in _numbered(parts) if label in known]
+    _check_classes(splits, known, name)
     if CROSS in splits:
         _check_cross(splits, known, name)
-    if "unknown" in splits and known & set(splits["unknown"]["label"]):
-        labels = np.array(splits["unknown"]["label"])
-        splits["unknown"] = splits["unknown"].select(np.flatnonzero(~np.isin(labels, list(known))))
-        if not len(splits["unknown"]):
-            del splits["unknown"]
+    if UNKNOWN in splits and known & set(splits[UNKNOWN]["label"]):
+        labels = np.array(splits[UNKNOWN]["label"])
+        splits[UNKNOWN] = splits[UNKNOWN].select(np.flatnonzero(~np.isin(labels, list(known))))
+        if not len(splits[UNKNOWN]):
+            del splits[UNKNOWN]
     return splits
 
 
-def _joined(parts: Sequence[DatasetDict], names: Sequence[str]) -> DatasetDict:
+def _numbered(parts: Sequence[Splits]) -> list[str]:
+    """The classes as the first data set that has them numbers them; none if one has names alone."""
+    if not all(part.label_names for part in parts):
+        return []
+    return list(dict.fromkeys(label for part in parts for label in part.label_names))
+
+
+def _check_classes(splits: DatasetDict, known: set[str], name: str) -> None:
+    """That there are classes to tell apart, with images enough in each split to train and measure them."""
+    if len(known) < 2:
+        raise ValueError(f"{name} has {len(known)} class in its train split, but at least 2 are needed")
+    if UNKNOWN in known:
+        raise ValueError(
+            f"{name} has a class {UNKNOWN!r}, which is what a verdict calls an image of no known class; name "
+            f"it otherwise, or put its images into a split {UNKNOWN!r}, which is never trained on"
+        )
+    counts = {split: Counter(splits[split]["label"]) for split in FEWEST}
+    for split in ("validation", "test"):
+        if extra := set(counts[split]) - known:
+            raise ValueError(f"{name}: {split!r} has classes that train lacks: {sorted(extra)}")
+    few = {
+        label: ", ".join(f"{counts[split][label]} in {split}" for split in FEWEST)
+        for label in sorted(known)
+        if any(counts[split][label] < least for split, least in FEWEST.items())
+    }
+    if few:
+        told = "; ".join(f"{label}: {numbers}" for label, numbers in few.items())
+        needed = " and ".join(f"{least} in {split}" for split, least in FEWEST.items())
+        raise ValueError(
+            f"{name} has too few images of some classes; each needs {needed}, which takes 4 where the splits "
+            f"are cut here, and more where they are cut by group. It has of {told}"
+        )
+
+
+def _joined(parts: Sequence[Splits], names: Sequence[str]) -> Splits:
     """
     Data sets split by split, with `group` and `source` where any of them has such. A group of one is none of
     another's; a data set that tells no sources is one source.
     """
     sources = any(SOURCE in part["train"].column_names for part in parts)
     groups = any(groups_of(part["train"]) is not None for part in parts)
-    splits = DatasetDict()
+    splits = Splits()
     for split in dict.fromkeys(split for part in parts for split in part):
         shares = []
         for name, part in ((n, p[split]) for n, p in zip(names, parts, strict=True) if split in p):
@@ -99,11 +152,20 @@ def _check_cross(splits: DatasetDict, known: set[str], name: str) -> None:
             )
 
 
-def _load(name: str, seed: int, source_column: str) -> DatasetDict:
+def _load(
+    name: str,
+    seed: int,
+    columns: Columns,
+    config_name: str | None,
+    screen: Callable[[str, Dataset], Dataset] | None,
+) -> Splits:
     """One data set with train, validation, test and perhaps cross and unknown."""
-    splits = _read(name, source_column)
+    splits = _read(name, columns, config_name)
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
+    if screen is not None:
+        for split, rows in splits.items():
+            splits[split] = screen(f"{name}, split {split!r}", rows)
     for split in ("test", "validation"):
         if split not in splits:
             share = HELD_OUT[split] / (1 - HELD_OUT["test"] if split == "validation" else 1)
@@ -116,18 +178,20 @@ def load_unknown(name: str) -> Dataset:
     Every image of a data set, whatever its splits, labelled by its column `label`, by its folders where there
     are any, or else as "unknown".
     """
-    if Path(name).is_dir() and any(
-        p.is_file() and p.suffix.lower() in SUFFIXES for p in Path(name).iterdir()
-    ):
-        files = [str(p) for p in find_images([name])]
-        rows = Dataset.from_dict({"image": files, "label": ["unknown"] * len(files)})
-        return _normalise(rows.cast_column("image", datasets.Image()), name)
+    files = [str(p) for p in find_images([name])] if Path(name).is_dir() else []
+    if any(Path(file).parent == Path(name) for file in files):
+        rows = Dataset.from_dict({"image": files, "label": [UNKNOWN] * len(files)})
+        return normalise(rows.cast_column("image", datasets.Image()), name)[0]
     parts = [rows.select_columns(["image", "label"]) for rows in _read(name).values()]
     return datasets.concatenate_datasets(parts)
 
 
 def held_out_images(
-    name: str, label_names: Sequence[str], unknown: str | None = None, source_column: str = SOURCE
+    name: str,
+    label_names: Sequence[str],
+    unknown: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+    config_name: str | None = None,
 ) -> DatasetDict:
     """
     What a model of these classes is measured on: the splits `test` and, where there is one, `cross` of a data
@@ -136,7 +200,7 @@ def held_out_images(
     Raises:
         ValueError: the test split has other classes, or an unknown image is of a known one.
     """
-    available, known = load_splits(name, source_column=source_column), set(label_names)
+    available, known = load_splits(name, columns=columns, config_name=config_name), set(label_names)
     splits = DatasetDict({split: available[split] for split in ("test", CROSS) if split in available})
     parts = [available["unknown"]] if "unknown" in available else []
     if unknown:
@@ -155,29 +219,40 @@ def held_out_images(
     return splits
 
 
-def _read(name: str, source_column: str = SOURCE) -> DatasetDict:
+def _read(
+    name: str,
+    columns: Columns = Columns(),  # noqa: B008 (it is frozen)
+    config_name: str | None = None,
+) -> Splits:
     """The splits that a data set has, with columns `image` (not decoded), `label` (str), perhaps `source`."""
-    if (Path(name) / "Closed_Set").is_dir():
-        splits = DatasetDict(train=_class_folders(Path(name) / "Closed_Set"))
-        if (Path(name) / "Open_Set").is_dir():
-            splits["unknown"] = _class_folders(Path(name) / "Open_Set")
-    elif (Path(name) / "train").is_dir() and not (Path(name) / "README.md").exists():
+    folder, card = Path(name), (Path(name) / "README.md").exists()
+    if (folder / "Closed_Set").is_dir():
+        raw = DatasetDict(train=_class_folders(folder / "Closed_Set"))
+        if (folder / "Open_Set").is_dir():
+            raw[UNKNOWN] = _class_folders(folder / "Open_Set")
+    elif (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        raw = datasets.load_from_disk(name)  # what `save_to_disk` wrote
+        raw = raw if isinstance(raw, DatasetDict) else DatasetDict(train=raw)
+    elif (folder / "train").is_dir() and not card:
         # `datasets` would pass over a folder of another name than its usual splits, such as unknown
-        folders = {p.name: str(p / "**") for p in Path(name).iterdir() if p.is_dir()}
-        splits = _load_dataset(name, "imagefolder", data_files=folders)
-    elif (parquet := list(Path(name).glob("*.parquet"))) and not (Path(name) / "README.md").exists():
+        folders = {p.name: str(p / "**") for p in folder.iterdir() if p.is_dir()}
+        raw = _load_dataset(name, "imagefolder", data_files=folders)
+    elif (parquet := list(folder.glob("*.parquet"))) and not card:
         files: dict[str, list[str]] = {}  # split-00000-of-00001.parquet, and a split called unknown alike
         for path in sorted(parquet):
             files.setdefault(path.stem.split("-")[0], []).append(str(path))
-        splits = _load_dataset(name, "parquet", data_files=files)
+        raw = _load_dataset(name, "parquet", data_files=files)
     else:
-        splits = _load_dataset(name, name)
-        if Path(name).is_dir() and "label" not in next(iter(splits.values())).features:
+        raw = _load_dataset(name, name, config_name)
+        if folder.is_dir() and columns.label_in(next(iter(raw.values()))) is None:
             # folders of one class
-            splits = _load_dataset(name, "imagefolder", data_dir=name, drop_labels=False)
-    return DatasetDict(
-        {split: _normalise(rows, f"{name}, split {split!r}", source_column) for split, rows in splits.items()}
-    )
+            raw = _load_dataset(name, "imagefolder", data_dir=name, drop_labels=False)
+    splits = Splits()
+    for split, rows in raw.items():
+        missing = UNKNOWN if split == UNKNOWN else None
+        splits[split], numbered = normalise(rows, f"{name}, split {split!r}", columns, missing)
+        splits.label_names = splits.label_names or numbered
+    return splits
 
 
 def _load_dataset(source: str, *arguments, **options) -> DatasetDict:
@@ -198,7 +273,7 @@ def _class_folders(root: Path) -> Dataset:
     Images below `root`, labelled by the first folder, however deep they lie (WILD's step1, step2, step3). The
     last number in a file's name is its prompt's, where all classes have the same ones.
     """
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = find_images([root])
     if not files:
         raise ValueError(f"{root} holds no images; expected {root}/<generator>/*.png")
     labels = [p.relative_to(root).parts[0] for p in files]
@@ -208,24 +283,6 @@ def _class_folders(root: Path) -> Dataset:
     if None not in prompts and all(numbers == of_class[0] for numbers in of_class):
         columns["prompt"] = prompts  # every generator has the same numbers: they are those of the prompts
     return Dataset.from_dict(columns).cast_column("image", datasets.Image())
-
-
-def _normalise(rows: Dataset, what: str, source_column: str = SOURCE) -> Dataset:
-    columns = {
-        name: feature for name, feature in rows.features.items() if isinstance(feature, datasets.Image)
-    }
-    if not columns or "label" not in rows.features:
-        raise ValueError(f"{what} needs an image column and a column 'label'; got {rows.features}")
-    image = next(iter(columns))
-    rows = rows if image == "image" else rows.rename_column(image, "image")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    if source_column in rows.column_names and source_column != SOURCE:
-        unused = [SOURCE] if SOURCE in rows.column_names else []
-        rows = rows.remove_columns(unused).rename_column(source_column, SOURCE)
-    if isinstance(label := rows.features["label"], ClassLabel):
-        names = label.int2str(rows["label"][:])
-        rows = rows.remove_columns("label").add_column("label", names)
-    return rows
 
 
 def groups_of(rows: Dataset) -> np.ndarray | None:

@@ -1,9 +1,11 @@
 """`protoleak evaluate` and `protoleak robustness`, and the metrics that they print."""
 
+import io
 import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from protoleak.evaluation.metrics import compute_metrics, expected_calibration_e
 from protoleak.evaluation.predictions import ORIGINS, Predictions
 from protoleak.evaluation.protocol import Evaluation, evaluate_predictions, evaluate_splits
 from protoleak.evaluation.report import TITLES, format_report, format_summary
-from protoleak.evaluation.shortcuts import format_bias, tells_classes
+from protoleak.evaluation.shortcuts import find_shortcuts, shortcut_warnings
 from protoleak.evaluation.splits import load_splits, load_unknown
 from protoleak.evaluation.verdicts import coverage_at_precision, exact_intervals
 from protoleak.modeling_protoleak import ImageAttributionOutput
@@ -319,13 +321,48 @@ def test_formats_that_give_the_class_away_are_noticed(tmp_path):
             for i in range(20):
                 suffix = "jpg" if kind == "differ" and generator == "real" else "png"
                 draw("real", rng).save(target / f"{i}.{suffix}")
-    same, differ = (format_bias(load_splits(str(tmp_path / kind))["train"]) for kind in ("same", "differ"))
-    assert (tells_classes(same), tells_classes(differ)) == (False, True)
-    assert same["p_value"] > 0.05
-    assert same["balanced_accuracy"] == same["chance"] == 0.5
-    assert differ["p_value"] < 1e-4
-    assert differ["balanced_accuracy"] == 1.0
-    assert differ["values"]["format"] == 2
+    same, differ = (load_splits(str(tmp_path / kind))["train"] for kind in ("same", "differ"))
+    unbiased, biased = find_shortcuts(same)["files"], find_shortcuts(differ)["files"]
+    assert unbiased["p_value"] > 0.05
+    assert unbiased["balanced_accuracy"] == unbiased["chance"] == 0.5
+    assert biased["p_value"] < 1e-4
+    assert biased["balanced_accuracy"] == 1.0
+    assert biased["values"]["format"] == 2
+    assert shortcut_warnings({"files": unbiased}) == []
+    [line] = shortcut_warnings({"files": biased})
+    assert line.startswith("file format, metadata and JPEG quality alone tell the classes apart")
+    assert "--normalise_format" in line
+    assert shortcut_warnings(find_shortcuts(differ, normalised=True)) == [], "of files size alone is left"
+
+
+def labelled(images, labels, sources=None):
+    """Rows as `load_splits` gives them."""
+    contents = []
+    for image, options in images:
+        file = io.BytesIO()
+        image.save(file, **options)
+        contents.append({"bytes": file.getvalue(), "path": None})
+    columns = {"image": contents, "label": labels} | ({} if sources is None else {"source": sources})
+    return Dataset.from_dict(columns).cast_column("image", datasets.Image(decode=False))
+
+
+def test_each_way_to_know_a_class_without_its_pixels_is_named():
+    """Size, JPEG quality and source; classes of unlike size, of which the largest is of every kind."""
+    picture, labels = draw("real", np.random.default_rng(0)), ["real"] * 60 + ["a"] * 20
+    large, png = picture.resize((80, 80)), {"format": "PNG"}
+    jpeg = [{"format": "JPEG", "quality": quality} for quality in (75, 95)]
+    cases = {
+        "image size": [(large if i % 2 else picture, png) for i in range(60)] + [(large, png)] * 20,
+        "JPEG quality": [(picture, jpeg[i % 2]) for i in range(60)] + [(picture, jpeg[1])] * 20,
+    }
+    for named, images in cases.items():
+        [line] = shortcut_warnings(find_shortcuts(labelled(images, labels)))
+        assert line.startswith(f"{named} alone tell the classes apart"), line
+        assert ("--normalise_format" in line) == (named == "JPEG quality")
+    sources = ["s1"] * 30 + ["s2"] * 30 + ["s3"] * 20
+    [line] = shortcut_warnings(find_shortcuts(labelled([(picture, png)] * 80, labels, sources)))
+    assert line.startswith("the source alone tells the class (balanced accuracy 1.00, chance 0.50)")
+    assert find_shortcuts(labelled([(picture, png)] * 3, ["real", "real", "a"])) == {}
 
 
 def test_unknown_images_come_as_a_folder_of_any_shape(tmp_path, folder):

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from protoleak import ProtoLeakConfig
+from protoleak.evaluation.columns import Columns
 from protoleak.evaluation.splits import count_sources, groups_of, held_out_images, load_splits
+from protoleak.training.initialisation import class_names
 
 from . import ROOT
 from .conftest import draw
@@ -101,9 +104,9 @@ def test_sources_and_the_split_of_other_ones_are_kept(tmp_path):
     assert set(held_out_images(name, ["real", "a"])) == {"test", "cross"}
     other = write_sources(tmp_path / "other", column="origin")
     assert count_sources(load_splits(other)["train"]) is None
-    assert list(load_splits(other, source_column="origin")["cross"]["source"]) == ["s2", "s4"]
+    assert list(load_splits(other, columns=Columns(source="origin"))["cross"]["source"]) == ["s2", "s4"]
     with pytest.raises(ValueError, match="no column 'camera'"):
-        load_splits(other, source_column="camera")
+        load_splits(other, columns=Columns(source="camera"))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,122 @@ def test_joined_data_sets_keep_sources_and_groups_apart(tmp_path, folder):
     }  # fmt: skip
     assert set(splits["train"]["source"]) == {"s1", "s2", "s3", str(folder)}
     assert len(set(groups_of(splits["train"]))) == 8 + 48
+
+
+# --- data as it comes ---------------------------------------------------------------------------------------
+
+
+def rows_of(labels, column="label", feature=None, image="image", count=4):
+    """`count` images of each label, in memory."""
+    picture = draw("real", np.random.default_rng(0))
+    labels = [label for label in labels for _ in range(count)]
+    rows = Dataset.from_dict({image: [picture] * len(labels), column: labels})
+    return rows if feature is None else rows.cast_column(column, feature)
+
+
+@pytest.mark.parametrize(
+    ("labels", "column", "feature", "columns", "expected"),
+    [
+        ([3, 7], "label", None, Columns(), ["3", "7"]),
+        ([1.0, 2.0], "label", None, Columns(), ["1", "2"]),
+        (["b", "a"], "labels", None, Columns(), ["a", "b"]),
+        ([0, 1], "kind", ClassLabel(names=["z", "real"]), Columns(), ["real", "z"]),
+        (["b", "a"], "generator", None, Columns(label="generator"), ["a", "b"]),
+    ],
+)
+def test_labels_of_any_name_and_type_are_taken(tmp_path, labels, column, feature, columns, expected):
+    rows_of(labels, column, feature, image="photo").save_to_disk(tmp_path / "data")
+    splits = load_splits(str(tmp_path / "data"), columns=columns)
+    assert sorted(set(splits["train"]["label"])) == expected
+    assert set(splits) == {"train", "validation", "test"}
+    assert splits["test"].features["image"] == Image(decode=False)
+
+
+def test_what_save_to_disk_wrote_is_read_with_its_splits_and_its_order(tmp_path):
+    names = ClassLabel(names=["z", "unseen", "real", "a"])
+    rows = rows_of([0, 2, 3], feature=names)
+    unknown = rows_of([1], feature=names)
+    splits = {"train": rows, "validation": rows, "test": rows, "unknown": unknown}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    loaded = load_splits(str(tmp_path / "data"))
+    assert loaded.label_names == ["z", "real", "a"]
+    assert class_names(loaded["train"]["label"], loaded.label_names) == ["z", "real", "a"]
+    assert set(loaded["unknown"]["label"]) == {"unseen"}
+    assert class_names(["b", "real", "a"]) == ["real", "a", "b"], "names alone have no order"
+
+
+def test_models_number_classes_as_leakzoo_does():
+    zoo = load_splits(str(ROOT / "leakzoo"))
+    names = class_names(zoo["train"]["label"], zoo.label_names)
+    feature = load_dataset(str(ROOT / "leakzoo"))["train"].features["label"]
+    assert names == feature.names[: len(names)]
+    assert ProtoLeakConfig.from_pretrained(ROOT / "leakzoo/recipe").label_names == names
+
+
+def test_a_configuration_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, labels in {"one": "ab", "two": "cd"}.items():
+        rows_of(labels).to_parquet(tmp_path / f"data/{name}.parquet")
+    configs = "".join(f"\n- config_name: {name}\n  data_files: {name}.parquet" for name in ("one", "two"))
+    (tmp_path / "data/README.md").write_text(f"---\nconfigs:{configs}\n---\n")
+    assert set(load_splits(str(tmp_path / "data"), config_name="two")["train"]["label"]) == {"c", "d"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "rows"),
+    [
+        (["a", "b", None], None, "8, 9, 10, 11"),
+        ([0, -1, 1], ClassLabel(names=["a", "b"]), "4, 5, 6, 7"),
+        (["a", "", "b"], None, "4, 5, 6, 7"),
+    ],
+)
+def test_rows_without_a_label_are_told_by_number(tmp_path, labels, feature, rows):
+    data = rows_of(labels, feature=feature)
+    data.save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=f"'train': 4 of 12 rows have no label in column 'label'.*{rows}"):
+        load_splits(str(tmp_path / "data"))
+    known = rows_of("ab")
+    DatasetDict(train=known, unknown=data.cast_column("label", Value("string"))).save_to_disk(
+        tmp_path / "other"
+    )
+    if feature is None:
+        assert "unknown" in load_splits(str(tmp_path / "other"))["unknown"]["label"][:]
+
+
+def test_rows_without_an_image_are_told_by_number(tmp_path):
+    data = rows_of("ab").to_dict()
+    data["image"][3] = None
+    Dataset.from_dict(data).cast_column("image", Image()).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"'train': 1 of 8 rows have no image in column 'image'.*: 3;"):
+        load_splits(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("data", "columns", "message"),
+    [
+        (rows_of("ab", column="kind"), Columns(), r"--label_column_name.*columns: image, kind"),
+        (rows_of("ab"), Columns(label="kind"), r"--label_column_name.*columns: image, label"),
+        (rows_of("ab"), Columns(image="photo"), r"--image_column_name"),
+        (rows_of([[0, 1], [1, 0]]), Columns(), r"one name or number an image; column 'label' holds \[0, 1\]"),
+        (rows_of(["a", "unknown"]), Columns(), r"class 'unknown', which is what a verdict calls"),
+        (rows_of("ab", count=3), Columns(), r"too few .* a: 1 in train, 1 in validation, 1 in test; b: 1 in"),
+        (rows_of("a"), Columns(), "1 class"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said_with_what_to_do(tmp_path, data, columns, message):
+    data.save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / "data"), columns=columns)
+
+
+def test_two_columns_of_images_are_not_guessed_between(tmp_path):
+    pictures = rows_of("ab")["image"][:]
+    data = Dataset.from_dict({"before": pictures, "after": pictures, "label": list("aaaabbbb")})
+    data.save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="clearly that of the images; name it by --image_column_name"):
+        load_splits(str(tmp_path / "data"))
+    splits = load_splits(str(tmp_path / "data"), columns=Columns(image="after"))
+    assert splits["train"].column_names == ["before", "image", "label"]
 
 
 def test_leakzoo_is_what_its_card_says():

@@ -1,8 +1,11 @@
 """What a training run depends on."""
 
+import os
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from ..evaluation.columns import Columns
 
 ROOT = Path(__file__).parent.parent  # the package, which is a checkpoint too
 
@@ -14,9 +17,18 @@ class TrainingArguments:
     dataset_name: list[str] = field(
         default_factory=lambda: [str(ROOT / "leakzoo")],
         metadata={
-            "help": "Hub id or folder that `load_dataset` takes, or a folder with Closed_Set/<generator>/; "
-            "of several, the splits are joined."
+            "help": "Hub id or folder that `load_dataset` takes, a folder that `save_to_disk` wrote, or one "
+            "with Closed_Set/<generator>/; of several, the splits are joined."
         },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, where it has several."}
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "By default `image`, or the only column of images."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "By default `label`, `labels`, or the only column of classes."}
     )
     source_column: str = field(
         default="source",
@@ -24,6 +36,27 @@ class TrainingArguments:
             "help": "Column that tells where an image comes from. With it a new model is chosen and "
             "calibrated on sources left out, and validation images are learned from too."
         },
+    )
+    skip_unreadable: bool = field(
+        default=False, metadata={"help": "Go on without images that can't be read, and name them."}
+    )
+    normalise_format: bool = field(
+        default=False,
+        metadata={
+            "help": "Encode every image as JPEG of quality 90 first, when training and from then on in every "
+            "verdict, so that what the files were before tells less."
+        },
+    )
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "What kind of images the model is for, in your words; shown with every verdict beside "
+            "what is counted of the training images."
+        },
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Of the weights, for the card, as the Hub names it: mit, cc-by-4.0, other, ..."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to go on from. By default weights are new."}
@@ -82,11 +115,46 @@ class TrainingArguments:
         return self.config_name or str(own)
 
     @property
+    def columns(self) -> Columns:
+        """What the data set calls its columns."""
+        return Columns(self.image_column_name, self.label_column_name, self.source_column)
+
+    @property
+    def data_titles(self) -> list[str]:
+        """What the data sets are called where others read it: Hub ids, and names of folders."""
+        return [public_name(name) for name in self.dataset_name]
+
+    @property
     def command(self) -> str:
-        """What is typed for this run: every argument that isn't the default."""
+        """
+        What is typed for this run: every argument that isn't the default. Of a path on this machine, the last
+        name alone.
+        """
         defaults = TrainingArguments()
         words = ["python", "train.py"]
         for name in (f.name for f in fields(self)):
             if (value := getattr(self, name)) != getattr(defaults, name):
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{name}", *(without_place(str(v)) for v in values)]
         return shlex.join(words)
+
+
+def is_local(name: str) -> bool:
+    """Whether a data set or a model is a folder on this machine, and not a Hub id."""
+    return os.path.exists(name) or name.startswith(("/", ".", "~")) or "\\" in name
+
+
+def hub_id(name: str | None) -> str | None:
+    """A Hub id as it is; `None` for a folder on this machine."""
+    return None if name is None or is_local(name) else name
+
+
+def public_name(name: str) -> str:
+    """What a data set or a model is called where others read it: its Hub id, or its folder's name alone."""
+    return Path(name).resolve().name if is_local(name) else name
+
+
+def without_place(word: str) -> str:
+    """A word of a command; of a path that tells where it lies on this machine, the last name alone."""
+    tells = os.path.isabs(word) or word.startswith("~") or ".." in Path(word).parts
+    return Path(word).name if tells else word

@@ -1,5 +1,6 @@
 """One more generator for a checkpoint, from a handful of its images, without training."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -8,13 +9,17 @@ from ..explanation_protoleak import keep_thumbnails
 from ..files_protoleak import whole_folder
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
-from .card import write_card
+from .arguments import hub_id, public_name
+from .card import HubFacts, write_card
+from .checks import note_enrolled
 
 PARTS = ("embeddings", "gates", "statistics")
 
 
 @torch.no_grad()
-def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: str | Path) -> list[str]:
+def write_enrolled(
+    checkpoint: str, name: str, files: list[Path], output_dir: str | Path, thumbnails: bool = False
+) -> list[str]:
     """
     Write a new checkpoint that also knows `name`, and return its classes.
 
@@ -23,6 +28,7 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
         name (`str`): What to call the generator.
         files (`list[Path]`): At least 2 images by it.
         output_dir: A new or empty folder.
+        thumbnails (`bool`): Whether small pictures of these images are kept, for reports.
 
     Raises:
         ValueError: the folder holds something, or as [`ProtoLeakForImageAttribution.enroll`].
@@ -32,15 +38,24 @@ def write_enrolled(checkpoint: str, name: str, files: list[Path], output_dir: st
         raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-    outputs = [model(processor(file)["pixel_values"], return_dict=True) for file in files]
+    outputs, sizes = [], []
+    for file in files:
+        image = processor.open(file)
+        outputs.append(model(processor(image)["pixel_values"], return_dict=True))
+        sizes.append(image.size)
     parts = [part for part in PARTS if part in outputs[0]]  # an output has no keys of what is None
     model.enroll(name, {part: torch.cat([output[part] for output in outputs]) for part in parts})
-    first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
-    keep_thumbnails(model, lambda i: files[i - first] if i >= first else None)
+    if thumbnails:
+        first = len(model.detector.train_["labels"]) - len(files)  # of the new among the training images
+        keep_thumbnails(model, lambda i: files[i - first] if i >= first else None)
+    note_enrolled(model, name, sizes)
     with whole_folder(target) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-    origin = f"{name} was enrolled in {checkpoint} from {len(files)} images, without training."
-    command = f"protoleak enroll {name} IMAGES --model {checkpoint} --output_dir {target}"
-    write_card(target, model, origin, command)
+    base = public_name(checkpoint)
+    origin = f"{name} was enrolled in {base} from {len(files)} images, without training."
+    command = shlex.join(
+        ["protoleak", "enroll", name, "IMAGES", "--model", base, "--output_dir", target.name]
+    )
+    write_card(target, model, origin, command, hub=HubFacts(base_model=hub_id(checkpoint)))
     return model.detector.labels

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import datasets
 import numpy as np
@@ -16,7 +16,7 @@ from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
 from ..evaluation.splits import SOURCE, groups_of
 from ..evaluation.verdicts import REAL
-from ..image_processing_protoleak import ProtoLeakImageProcessor
+from ..image_processing_protoleak import JPEG_QUALITY, ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
 from .cross_fitting import Samples, Settings, choose_settings, count_sources, cross_fit, source_folds
@@ -26,9 +26,23 @@ from .views import RandomView, without_fillers
 logger = logging.getLogger("protoleak.train")
 
 
-def class_names(labels: Iterable[str]) -> list[str]:
-    """The classes in the order of the logits: "real" first, where there is one, then by name."""
-    return sorted(set(labels), key=lambda name: (name != REAL, name))
+def class_names(labels: Iterable[str], numbered: Sequence[str] = ()) -> list[str]:
+    """
+    The classes in the order of the logits: as a data set has `numbered` them, else "real" first, where there
+    is one, then by name.
+    """
+    order = {name: place for place, name in enumerate(numbered)}
+    return sorted(set(labels), key=lambda name: (order.get(name, len(order)), name != REAL, name))
+
+
+def make_processor(arguments: TrainingArguments) -> ProtoLeakImageProcessor:
+    """The image processor of `config_name` or of `model_name_or_path`, as the arguments change it."""
+    source = arguments.model_name_or_path or arguments.recipe
+    changes = {k: v for k in ("crop_size", "num_crops") if (v := getattr(arguments, k)) is not None}
+    if arguments.normalise_format:
+        changes["jpeg_quality"] = JPEG_QUALITY
+    values = ProtoLeakImageProcessor.get_image_processor_dict(source)[0]
+    return ProtoLeakImageProcessor(**values | changes)
 
 
 def make_model(
@@ -42,16 +56,13 @@ def make_model(
         label_names (`list[str]`): The classes in the order of the logits.
         vae (`torch.nn.Module`, *optional*): Used instead of the one that `arguments` name.
     """
-    source = arguments.model_name_or_path or arguments.recipe
-    overrides = {k: v for k in ("crop_size", "num_crops") if (v := getattr(arguments, k)) is not None}
-    values = ProtoLeakImageProcessor.get_image_processor_dict(source)[0]
-    processor = ProtoLeakImageProcessor(**values | overrides)
+    source, processor = arguments.model_name_or_path or arguments.recipe, make_processor(arguments)
     if arguments.model_name_or_path:
         model = ProtoLeakForImageAttribution.from_pretrained(source, vae=vae)
         model.set_labels(label_names)
         return model, processor
     config = ProtoLeakConfig.from_pretrained(source)
-    changes = {"id2label": dict(enumerate(label_names))}
+    changes = {"id2label": dict(enumerate(label_names)), "scope": None}
     changes["label2id"] = {name: k for k, name in enumerate(label_names)}
     if arguments.vae_name_or_path:
         changes |= {"vae_name_or_path": arguments.vae_name_or_path, "vae_revision": None}

@@ -129,7 +129,8 @@ class LatentCache:
         """Of all that the latents of `rows` depend on but the view. 32 hexadecimal digits."""
         vae = self.model.vae
         vae_config = {k: v for k, v in vae.config.items() if not k.startswith("_")}  # not where it lies
-        facts, weights = [self.processor.to_dict(), vae_config], dict(vae.state_dict())
+        processor = {k: v for k, v in self.processor.to_dict().items() if v is not None}
+        facts, weights = [processor, vae_config], dict(vae.state_dict())
         if self.model.takes_features:
             own = self.model.config
             facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.patch_size]
