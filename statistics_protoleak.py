@@ -5,7 +5,7 @@ whitening, normalisation of contrast; and the discriminant of such features that
 N, C, H, W in shape comments: latents or feature maps, channels, height, width; F: features, K: classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -220,23 +220,61 @@ def fit_discriminant(
     however many samples they have.
     """
     seen = labels.unique()
-    class_means = torch.stack([features[labels == k].mean(dim=0) for k in seen])
-    place = torch.searchsorted(seen, labels)
+    class_means = features.new_full((num_labels, features.shape[1]), torch.nan)
+    class_means[seen] = torch.stack([features[labels == k].mean(dim=0) for k in seen])
     weights = 1 / labels.bincount(minlength=num_labels)[labels] / len(seen)
-    deviations = (features - class_means[place]) * weights.sqrt()[:, None]
-    covariance, centre = (deviations.T @ deviations).double(), class_means.double().mean(dim=0)
-    centred, discriminants = class_means.double() - centre, []
-    for shrinkage in shrinkages:
-        projection = _discriminant_axes(shrunk(covariance, shrinkage), centred, max_axes)
-        means = torch.full((num_labels, projection.shape[1]), torch.nan, dtype=torch.float64)
+    deviations = (features - class_means[labels]) * weights.sqrt()[:, None]
+    return discriminants_of(class_means, deviations, shrinkages, max_axes)
+
+
+def discriminants_of(
+    class_means: torch.Tensor, deviations: torch.Tensor, shrinkages: Sequence[float], max_axes: int
+) -> list[Discriminant]:
+    """
+    The linear discriminants of classes with these means (K, F), NaN for those without a sample, and a
+    covariance that is the sum of squares of `deviations` (m, F), shrunk by each of `shrinkages`.
+    """
+    seen = (~class_means.isnan().any(dim=1)).nonzero()[:, 0]
+    centre = class_means[seen].double().mean(dim=0)
+    centred, discriminants = class_means[seen].double() - centre, []
+    for solved in _solve_shrunk(deviations, centred, shrinkages):
+        projection = _discriminant_axes(solved, centred, max_axes)
+        means = torch.full((len(class_means), projection.shape[1]), torch.nan, dtype=torch.float64)
         means[seen] = centred @ projection
         discriminants.append(Discriminant(projection, centre, means))
     return discriminants
 
 
-def _discriminant_axes(covariance: torch.Tensor, means: torch.Tensor, max_axes: int) -> torch.Tensor:
-    """Where centred class means (K, F) differ, in units in which the covariance is the identity, (F, A)."""
-    factor = torch.linalg.cholesky(covariance)
-    whitened = torch.linalg.solve_triangular(factor, means.T, upper=False)  # (F, K)
-    axes = torch.linalg.svd(whitened, full_matrices=False)[0][:, : min(len(means) - 1, max_axes)]
-    return torch.linalg.solve_triangular(factor.T, axes, upper=True)
+def _solve_shrunk(
+    deviations: torch.Tensor, means: torch.Tensor, shrinkages: Sequence[float]
+) -> Iterator[torch.Tensor]:
+    """
+    Means (K, F) divided by the shrunk covariance of deviations (m, F): (F, K) for each shrinkage. Of fewer
+    deviations than features it is their products with each other that are inverted (Woodbury's identity).
+    """
+    count, size = deviations.shape
+    if count >= size:
+        covariance = (deviations.T @ deviations).double()
+        for shrinkage in shrinkages:
+            factor = torch.linalg.cholesky(shrunk(covariance, shrinkage))
+            yield torch.cholesky_solve(means.T, factor)
+        return
+    products = (deviations @ deviations.T).double()
+    ridge = (products.trace() / size).clamp_min(1e-9)
+    deviations = deviations.double()
+    along = deviations @ means.T
+    for shrinkage in shrinkages:
+        factor = (1 - shrinkage) * products
+        factor.diagonal().add_(shrinkage * ridge)
+        inner = torch.cholesky_solve(along, torch.linalg.cholesky(factor))
+        yield (means.T - (1 - shrinkage) * deviations.T @ inner) / (shrinkage * ridge)
+
+
+def _discriminant_axes(solved: torch.Tensor, means: torch.Tensor, max_axes: int) -> torch.Tensor:
+    """
+    Where centred class means (K, F) differ, in units in which the covariance is the identity, (F, A); solved
+    (F, K) are the means divided by the covariance.
+    """
+    values, vectors = torch.linalg.eigh(means @ solved)
+    used = values.argsort(descending=True)[: min(len(means) - 1, max_axes)]
+    return solved @ vectors[:, used] / values[used].clamp_min(1e-12).sqrt()

@@ -1,14 +1,16 @@
 """
 What carries over to sources that training never saw: every lead that was tried on the data set wild, measured
-on its train and validation images alone. Whole sources are left out in turn; a class whose only source is
-left out is a stranger to that fold.
+on its train and validation images alone, in two ways. Whole sources are left out in turn, in four folds; a
+class whose only source is left out is a stranger to that fold. And of every class with several sources one
+alone is learned from, of the cameras half, as of classes that have no more than one.
 
     python benchmarks/leads.py ../shared/wild [--only GROUP ...]
 
-Macro AUC, accuracy and real against generated are of classes that were known, means over the folds; coverage
-is over all folds together. Known against strangers is by the likeliest class's probability. Shrinkages and
-scales of the discriminants are those that do best on these same folds, so all figures are a little high, and
-alike so. Without labels, all images take part in whitening and standardising, as they do in training.
+Macro AUC, accuracy and real against generated are of classes that were known, means over the folds or draws;
+coverage is over all of them together. Known against strangers is by the likeliest class's probability where
+the row doesn't say otherwise. Shrinkages and scales of the discriminants are those that do best on these same
+folds, so all figures are a little high, and alike so. Without labels, all images take part in whitening and
+standardising, as they do in training.
 
 What a lead computes of the images is kept under the `datasets` cache, by its name: delete `leads-*.npy` there
 when its code changes.
@@ -16,6 +18,7 @@ when its code changes.
 
 import argparse
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +31,13 @@ import torch
 from accelerate import Accelerator
 from protoleak import ProtoLeakImageProcessor
 from protoleak.evaluation.splits import SOURCE, load_splits
+from protoleak.evaluation.verdicts import REAL
 from protoleak.statistics_protoleak import LatentWhitening
 from protoleak.texture_protoleak import log_covariance
 from protoleak.training.arguments import TrainingArguments
-from protoleak.training.cross_fitting import Samples, join_learned
+from protoleak.training.cross_fitting import join_learned
 from protoleak.training.initialisation import class_names, fit_whitening, make_model, make_samples
-from protoleak.training.latents import LatentCache
+from protoleak.training.latents import LatentCache, View
 from protoleak.training.views import training_views
 from sklearn.decomposition import PCA
 from sklearn.kernel_approximation import RBFSampler
@@ -42,8 +46,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
+import across_sources as across
 import pixel_statistics as ps
-from left_out import by_discriminants, by_gradient, by_subspaces, choose, measure
+from left_out import by_discriminants, by_gradient, by_subspaces, choose, from_one_source, in_folds, measure
 
 # the generators' sources that are left out together; others, the cameras', are dealt to the folds in turn
 FOLDS = (
@@ -56,6 +61,9 @@ FOLDS = (
     "bento170502/stable-diffusion jamez-bondos/awesome-gpt4o-images jcraigk/blog blechn/3dcv-final "
     "freestylefly/awesome-gpt-image-2 Extile1/stable-diffusion",
 )
+AS_THEY_ARE = (View(),)
+# the same done to every image, whatever was done to it before
+EQUALISED = (View(operator="jpeg", strength=75), View(operator="resize_bicubic", strength=0.5))
 # scales and timesteps that are pooled and cached together; the bundled checkpoint's come first
 POOLED = (((1, 2), (0, 20)), ((4,), (0, 20)), ((1, 2), (60, 150)))
 COOCCURRENCES = ("cooccurrences",)
@@ -83,7 +91,12 @@ class Images:
         self.rows = join_learned(splits)["train"]
         self.names = class_names(self.rows["label"])
         self.labels = np.array([self.names.index(name) for name in self.rows["label"]])
-        self.folds = source_folds(np.array(self.rows[SOURCE]))
+        sources = np.array(self.rows[SOURCE])
+        pairs = np.char.add(np.char.add(self.rows["label"], " "), sources)
+        self.groups = torch.from_numpy(np.unique(pairs, return_inverse=True)[1])
+        real = self.names.index(REAL)
+        self.trials = in_folds(self.labels, source_folds(sources))
+        self.hard_trials = from_one_source(self.labels, sources, real)
         self.model, processor = make_model(TrainingArguments(dataset_name=[dataset]), self.names)
         self.cache = LatentCache(self.model.eval(), processor, Accelerator())
         self.pixels, self.whitened = ProtoLeakImageProcessor(crop_size=processor.crop_size), False
@@ -115,7 +128,9 @@ class Images:
             whole.replace(path)
         return torch.from_numpy(np.load(path))
 
-    def pooled(self, scales: Sequence[int], timesteps: Sequence[int], views: int = 1) -> torch.Tensor:
+    def pooled(
+        self, scales: Sequence[int], timesteps: Sequence[int], views: Sequence[View] = AS_THEY_ARE
+    ) -> torch.Tensor:
         """What the model pools, averaged over timesteps, view by view: (n views, S, P)"""
         cells = {}
         for part in POOLED:
@@ -126,7 +141,7 @@ class Images:
         means = [sum(cells[s, t].float() for t in timesteps) / len(timesteps) for s in scales]
         return torch.stack(means, dim=1)
 
-    def _pool(self, scales: Sequence[int], timesteps: Sequence[int], views: int) -> torch.Tensor:
+    def _pool(self, scales: Sequence[int], timesteps: Sequence[int], views: Sequence[View]) -> torch.Tensor:
         """(n views, S, T, P), float16"""
         if not self.whitened:  # takes a while, and leads of pixels do without
             fit_whitening(self.model, self.rows, self.cache)
@@ -134,13 +149,14 @@ class Images:
         config = self.model.config
         config.scales, config.timesteps = list(scales), list(timesteps)
         self.model.protoleak.set_noise_seed(config.noise_seed)  # noise is drawn for these timesteps
-        encoded = self.cache.encode_views(self.rows, training_views(1, views - 1)).values()
+        encoded = self.cache.encode_views(self.rows, views).values()
         return torch.cat([features for view in encoded for features, _ in DataLoader(view, 256)])
 
-    def samples(self, families: Sequence[torch.Tensor]) -> Samples:
+    def samples(self, families: Sequence[torch.Tensor]) -> across.Grouped:
         """Standardised features (n views, F) of each family."""
         standardised = [(x - x.mean(dim=0)) / (x.var(dim=0) + 1e-7).sqrt() for x in families]
-        return Samples(standardised, torch.from_numpy(self.labels), len(self.names), len(self.names))
+        labels, count = torch.from_numpy(self.labels), len(self.names)
+        return across.Grouped(standardised, labels, count, count, self.groups)
 
 
 def source_folds(sources: np.ndarray) -> np.ndarray:
@@ -160,7 +176,7 @@ class Lead:
 
     group: str
     title: str
-    samples: Callable[[Images], Samples]
+    samples: Callable[[Images], across.Grouped]
     methods: dict[str, Callable] = field(default_factory=lambda: {"": by_discriminants})
 
 
@@ -170,7 +186,7 @@ def of_pixels(
     """Features of pixels, or of whitened blocks of pixels, joined over scales."""
     name = "-".join([describe.__name__, *(f"{k}_{v}" for k, v in options.items())])
 
-    def samples(images: Images) -> Samples:
+    def samples(images: Images) -> across.Grouped:
         parts = [images.described(name, partial(describe, **options), s, block) for s in scales]
         return images.samples([torch.cat(parts, dim=1)])
 
@@ -178,25 +194,33 @@ def of_pixels(
 
 
 def of_model(
-    group: str, title: str, families=(COOCCURRENCES,), scales=(1, 2), timesteps=(0, 20), views=1, **options
+    group: str, title: str, families=(COOCCURRENCES,), scales=(1, 2), timesteps=(0, 20), views=AS_THEY_ARE,
+    **options,
 ) -> Lead:  # fmt: skip
     """What the bundled checkpoint's encoder pools, at these scales and timesteps."""
 
-    def samples(images: Images) -> Samples:
+    def samples(images: Images) -> across.Grouped:
         pooled, take = images.pooled(scales, timesteps, views), images.model.protoleak.encoder.take
         return images.samples([take(pooled, parts).flatten(1) for parts in families])
 
     return Lead(group, title, samples, **options)
 
 
-def recipe(images: Images) -> Samples:
+def recipe(images: Images) -> across.Grouped:
     """What the bundled checkpoint begins as discriminants of."""
-    pooled = images.pooled(*POOLED[0], views=3)
+    pooled = images.pooled(*POOLED[0], training_views(1, 2))
     images.model.protoleak.encoder.fit_norm(pooled)
-    return make_samples(images.model, pooled, torch.from_numpy(images.labels))
+    samples = make_samples(images.model, pooled, torch.from_numpy(images.labels))
+    return across.Grouped(**vars(samples), groups=images.groups)
 
 
-def kernel(images: Images, linear: bool, gamma: float = 1.0) -> Samples:
+def canonical(images: Images, views: Sequence[View]) -> across.Grouped:
+    """Co-occurrences of each of several views of an image, a family each."""
+    described = [of_model("", "", views=(view,)).samples(images).families for view in views]
+    return images.samples([family for families in described for family in families])
+
+
+def kernel(images: Images, linear: bool, gamma: float = 1.0) -> across.Grouped:
     """Random Fourier features of the model's co-occurrences, beside them if `linear`."""
     features = of_model("", "").samples(images).families[0]
     reduced = PCA(min(500, len(features)), random_state=0).fit_transform(features.numpy())
@@ -236,16 +260,62 @@ def model_leads() -> Iterator[Lead]:
     yield of_model("covariances", "the model's log covariances", [COVARIANCES])
     yield of_model("joined", "and co-occurrences, in one discriminant", [COOCCURRENCES + COVARIANCES])
     yield of_model("each", "and co-occurrences, a discriminant each, added", EACH, methods=learning())
-    yield of_model("copies", "these with a post-processed copy", EACH, views=2)
-    yield of_model("copies", "these with three post-processed copies", EACH, views=4)
+    halves = {", mean over 10 random halves": by_subspaces}
+    yield of_model("subspaces", "these", EACH, methods=halves)
+    yield of_model("copies", "these with a post-processed copy", EACH, views=training_views(1, 1))
+    yield of_model("copies", "these with three post-processed copies", EACH, views=training_views(1, 3))
     yield Lead("kernel", "random Fourier features of co-occurrences", partial(kernel, linear=False))
     yield Lead("kernel", "and co-occurrences themselves, added", partial(kernel, linear=True))
     yield Lead("recipe", "the bundled checkpoint's recipe, with its two copies", recipe)
 
 
+def source_leads() -> Iterator[Lead]:
+    """Of the model's co-occurrences, all of them."""
+    yield of_model("sources", "co-occurrences", methods=by_sources())
+    steps = {f", epochs {n} of contrast": partial(across.by_contrast, steps=4 * n) for n in (2, 10, 25)}
+    yield of_model("contrastive", "co-occurrences", methods=steps)
+    robust = {
+        f", 30 steps of {name}": partial(across.by_robust_loss, penalty=penalty, steps=30)
+        for name, penalty in (("group DRO", None), ("V-REx", 10.0), ("the mean over sources", 0.0))
+    }
+    yield of_model("robust", "co-occurrences", methods=robust)
+    scatters = {
+        f" in the scatter within classes, times {weight}": partial(across.by_equalising, weight=weight)
+        for weight in (0.1, 1, 5, 20)
+    }
+    methods = {" as further images": by_discriminants} | scatters
+    title = "co-occurrences, every image's JPEG and its reduction"
+    yield of_model("equalised", title, views=AS_THEY_ARE + EQUALISED, methods=methods)
+    for title, views in (
+        ("JPEG", EQUALISED[:1]),
+        ("reduction", EQUALISED[1:]),
+        ("JPEG, reduction", EQUALISED),
+    ):
+        yield Lead(
+            "canonical", f"co-occurrences of the image's {title} alone", partial(canonical, views=views)
+        )
+        views = AS_THEY_ARE + views
+        yield Lead("canonical", f"of the image and its {title}, added", partial(canonical, views=views))
+
+
+def by_sources() -> dict[str, Callable]:
+    """What a class's sources differ in, more or less of it, and a mean for each source."""
+    methods = {
+        f", scatter between a class's sources times {weight}": partial(
+            across.by_source_scatter, weight=weight
+        )
+        for weight in (0, 0.5, 2, 5, 10)
+    }
+    for name, only in (("a class", None), ("cameras", 0)):
+        for softness in (1, 4):
+            title = f", a mean for each source of {name}, softness {softness}"
+            methods[title] = partial(across.by_subclasses, softness=softness, only=only)
+    return methods
+
+
 def learning() -> dict[str, Callable]:
-    """Discriminants as they are, averaged over random halves of the features, and learned on."""
-    methods = {"": by_discriminants, ", mean over 20 random halves": by_subspaces}
+    """Discriminants as they are, and learned on."""
+    methods = {"": by_discriminants}
     for rate in (3e-4, 3e-5):
         for epochs in (1, 4, 12):
             title = f", then AdamW at {rate:.0e}, epochs {epochs}"
@@ -253,9 +323,39 @@ def learning() -> dict[str, Callable]:
     return methods
 
 
+def rows(lead: Lead, images: Images) -> Iterator[tuple[str, int, list[dict[str, float]]]]:
+    """Title, number of features, and figures of both kinds of trials, of each method of a lead."""
+    samples = lead.samples(images)
+    count, settings = sum(x.shape[1] for x in samples.families), choose(samples, images.trials)
+    for title, score in lead.methods.items():
+        figures = [
+            measure(score(samples, trials, settings), images.labels, trials, images.names)
+            for trials in (images.trials, images.hard_trials)
+        ]
+        yield f"{lead.title}{title}", count, figures
+
+
+def stranger_rows(images: Images) -> Iterator[tuple[str, int, list[dict[str, float]]]]:
+    """The same of co-occurrences and log covariances, by several scores of strangers."""
+    samples = of_model("", "", EACH).samples(images)
+    count, settings = sum(x.shape[1] for x in samples.families), choose(samples, images.trials)
+    kinds = (images.trials, images.hard_trials)
+    scores = [by_discriminants(samples, trials, settings) for trials in kinds]
+    familiar = [
+        [across.familiarity(samples, *of) for of in zip(trials, [settings] * 9, found, strict=False)]
+        for trials, found in zip(kinds, scores, strict=True)
+    ]
+    for name in familiar[0][0]:
+        figures = [
+            measure(found, images.labels, trials, images.names, [of[name] for of in each])
+            for trials, found, each in zip(kinds, scores, familiar, strict=True)
+        ]
+        yield f"both families; strangers by {name}", count, figures
+
+
 def main() -> None:
-    leads = [*pixel_leads(), *model_leads()]
-    groups = list(dict.fromkeys(lead.group for lead in leads))
+    leads = [*pixel_leads(), *model_leads(), *source_leads()]
+    groups = [*dict.fromkeys(lead.group for lead in leads), "strangers"]
     parser = argparse.ArgumentParser(description="What carries over to sources left out.")
     parser.add_argument("dataset", help="what `load_dataset` takes, with a column of sources")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP")
@@ -263,14 +363,12 @@ def main() -> None:
     images = Images(arguments.dataset)
     print(f"| lead | features | {' | '.join(COLUMNS.values())} |")
     print("| --- " * (len(COLUMNS) + 2) + "|", flush=True)
-    for lead in (lead for lead in leads if lead.group in arguments.only):
-        samples = lead.samples(images)
-        count, settings = sum(x.shape[1] for x in samples.families), choose(samples, images.folds)
-        for title, score in lead.methods.items():
-            scores = score(samples, images.folds, settings)
-            figures = measure(scores, images.labels, images.folds, images.names)
-            cells = " | ".join(f"{figures[name]:.3f}" for name in COLUMNS)
-            print(f"| {lead.title}{title} | {count} | {cells} |", flush=True)
+    asked = {group: [rows(lead, images) for lead in leads if lead.group == group] for group in groups}
+    asked["strangers"] = [stranger_rows(images)]
+    chosen = itertools.chain.from_iterable(asked[group] for group in arguments.only)
+    for title, count, figures in itertools.chain.from_iterable(chosen):
+        cells = [[f"{of[name]:.3f}" for of in figures if not np.isnan(of[name])] for name in COLUMNS]
+        print(f"| {title} | {count} | {' | '.join(' / '.join(cell) for cell in cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
-Class scores of every image by models that never saw its source, in several ways, and what they are worth.
+Class scores of images by models that never saw their source, in several ways, and what they are worth.
 
-n, K, F in shape comments: images, classes, features. `folds` (n,) tells when an image is left out.
+n, K, F in shape comments: images, classes, features. A lead's scores are a list, for each trial (m, K), of
+the images that the trial asks about in their order.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,51 +20,100 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-AVERAGED = ("macro_auc", "accuracy", "real_auroc", "auroc")  # over folds
+AVERAGED = ("macro_auc", "accuracy", "real_auroc", "auroc")  # over trials
 
 
-def parted(labels: np.ndarray, folds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each fold masks: images to fit on, those left out of a class among these, and all others."""
+@dataclass(frozen=True)
+class Trial:
+    """
+    Which images are learned from, and which of classes that are among these, or of others, are then asked
+    about: masks (n,).
+    """
+
+    fitted: np.ndarray
+    known: np.ndarray
+    strange: np.ndarray
+
+    @property
+    def asked(self) -> np.ndarray:
+        return self.known | self.strange
+
+
+def in_folds(labels: np.ndarray, folds: np.ndarray) -> list[Trial]:
+    """Each fold (n,) is left out in turn."""
+    trials = []
     for fold in np.unique(folds):
         fitted = folds != fold
         seen = np.isin(labels, labels[fitted])
-        yield fitted, ~fitted & seen, ~fitted & ~seen
+        trials.append(Trial(fitted, ~fitted & seen, ~fitted & ~seen))
+    return trials
 
 
-def choose(samples: Samples, folds: np.ndarray) -> Settings:
+def from_one_source(
+    labels: np.ndarray, sources: np.ndarray, varied: int, draws: int = 4, seed: int = 0
+) -> list[Trial]:
+    """
+    Of every class with several sources one is learned from, another in each draw, of the class `varied` half
+    of them; the other sources are asked about. Classes with one source are learned whole.
+    """
+    rng, trials = np.random.default_rng(seed), []
+    order = {k: rng.permutation(np.unique(sources[labels == k])) for k in np.unique(labels)}
+    for draw in range(draws):
+        fitted = np.full(len(labels), False)
+        for k, names in order.items():
+            kept = np.roll(names, -draw)[: max(1, len(names) // 2) if k == varied else 1]
+            fitted |= (labels == k) & np.isin(sources, kept)
+        trials.append(Trial(fitted, ~fitted, np.full(len(labels), False)))
+    return trials
+
+
+def choose(samples: Samples, trials: Sequence[Trial]) -> Settings:
     """Shrinkages and scales, by the likelihood of images left out."""
-    masks = parted(samples.labels.numpy(), folds)
-    return choose_settings(samples, [(fitted, known) for fitted, known, _ in masks])
+    return choose_settings(samples, [(trial.fitted, trial.known) for trial in trials])
 
 
-def by_discriminants(samples: Samples, folds: np.ndarray, settings: Settings) -> torch.Tensor:
-    """One shrunk linear discriminant a family, added: (n, K)"""
-    return by_gradient(samples, folds, settings, epochs=0, learning_rate=0.0)
+def discriminants(samples: Samples, trial: Trial, settings: Settings) -> list[Discriminant]:
+    """Of what a trial learns from, one a family."""
+    return [d[0] for d in samples.fit(trial.fitted, [(s,) for s in settings.shrinkages])]
 
 
-def by_subspaces(samples: Samples, folds: np.ndarray, settings: Settings, count: int = 20) -> torch.Tensor:
-    """The mean over discriminants of random halves of each family, of settings of their own: (n, K)"""
-    rng, chosen, total = np.random.default_rng(0), None, 0
+def by_discriminants(samples: Samples, trials: Sequence[Trial], settings: Settings) -> list[torch.Tensor]:
+    """One shrunk linear discriminant a family, added."""
+    scores = []
+    for trial in trials:
+        asked = zip(
+            discriminants(samples, trial, settings),
+            samples.untouched(trial.asked),
+            settings.scales,
+            strict=True,
+        )
+        scores.append(-sum(d.squared_distances(x) * scale**2 for d, x, scale in asked).clamp_max(2e4) / 2)
+    return scores
+
+
+def by_subspaces(
+    samples: Samples, trials: Sequence[Trial], settings: Settings, count: int = 10
+) -> list[torch.Tensor]:
+    """The mean over discriminants of random halves of each family, of the same shrinkages and scales."""
+    rng, total = np.random.default_rng(0), [0] * len(trials)
     for _ in range(count):
         halves = [x[:, rng.permutation(x.shape[1])[: x.shape[1] // 2]] for x in samples.families]
-        part = replace(samples, families=halves)
-        chosen = chosen or choose(part, folds)
-        total = total + by_discriminants(part, folds, chosen)
-    return total / count
+        scores = by_discriminants(replace(samples, families=halves), trials, settings)
+        total = [before + of_trial / count for before, of_trial in zip(total, scores, strict=True)]
+    return total
 
 
 def by_gradient(
-    samples: Samples, folds: np.ndarray, settings: Settings, epochs: int, learning_rate: float
-) -> torch.Tensor:
-    """What discriminants become as they learn on: (n, K)"""
-    scores = torch.zeros(len(samples.labels), samples.num_labels)
+    samples: Samples, trials: Sequence[Trial], settings: Settings, epochs: int, learning_rate: float
+) -> list[torch.Tensor]:
+    """What discriminants become as they learn on."""
+    scores = []
     set_seed(0)
-    for fitted, *_ in parted(samples.labels.numpy(), folds):
-        discriminants = [d[0] for d in samples.fit(fitted, [(s,) for s in settings.shrinkages])]
-        layer = as_layer(discriminants, settings.scales)
-        learn(layer, samples, fitted, epochs, learning_rate)
+    for trial in trials:
+        layer = as_layer(discriminants(samples, trial, settings), settings.scales)
+        learn(layer, samples, trial.fitted, epochs, learning_rate)
         with torch.no_grad():
-            scores[torch.from_numpy(~fitted)] = layer(torch.cat(samples.untouched(~fitted), dim=1))
+            scores.append(layer(torch.cat(samples.untouched(trial.asked), dim=1)).double())
     return scores
 
 
@@ -95,18 +145,25 @@ def learn(layer: nn.Linear, samples: Samples, fitted: np.ndarray, epochs: int, l
 
 
 def measure(
-    scores: torch.Tensor, labels: np.ndarray, folds: np.ndarray, names: list[str]
+    scores: Sequence[torch.Tensor],
+    labels: np.ndarray,
+    trials: Sequence[Trial],
+    names: list[str],
+    open_set: Sequence[np.ndarray] | None = None,
 ) -> dict[str, float]:
     """
-    Means over folds of the metrics of `AVERAGED`, "auroc" telling known from other classes by the likeliest
-    class's probability; and over all folds together the coverage at 90 % precision.
+    Means over trials of the metrics of `AVERAGED`, "auroc" telling known from other classes by the scores
+    `open_set`, (m,) a trial, or else by the likeliest class's probability; and over all trials together the
+    coverage at 90 % precision.
     """
-    probabilities = scores.double().softmax(dim=1).numpy()
-    everything = Predictions(scores.numpy(), probabilities, labels, probabilities.max(axis=1))
-    figures, all_known = [], np.zeros(len(labels), bool)
-    for _, known, others in parted(labels, folds):
-        strangers = everything.take(others) if others.any() else None
+    figures, probabilities, targets = [], [], []
+    for place, (trial, of_trial) in enumerate(zip(trials, scores, strict=True)):
+        likely, truth = of_trial.double().softmax(dim=1).numpy(), labels[trial.asked]
+        familiar = likely.max(axis=1) if open_set is None else open_set[place]
+        everything, known = Predictions(of_trial.numpy(), likely, truth, familiar), trial.known[trial.asked]
+        strangers = everything.take(~known) if trial.strange.any() else None
         figures.append(compute_metrics(everything.take(known), strangers, names))
-        all_known |= known
-    means = {name: float(np.mean([of[name] for of in figures if name in of])) for name in AVERAGED}
-    return means | {"coverage": coverage_at_precision(probabilities[all_known], labels[all_known])}
+        probabilities.append(likely[known])
+        targets.append(truth[known])
+    means = {name: float(np.mean([of[name] for of in figures if name in of] or np.nan)) for name in AVERAGED}
+    return means | {"coverage": coverage_at_precision(np.concatenate(probabilities), np.concatenate(targets))}

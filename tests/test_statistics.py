@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from protoleak.statistics_protoleak import (
+    discriminants_of,
     LatentWhitening,
     fit_discriminant,
     grid_statistics,
@@ -119,6 +120,21 @@ class Fixed:
 
     def fit(self, features: np.ndarray) -> "Fixed":
         return self
+
+
+def test_it_is_the_same_whether_there_are_more_features_or_more_samples():
+    """Deviations of zero change no covariance, only which way it is inverted."""
+    rng = torch.Generator().manual_seed(0)
+    means, deviations = torch.randn(4, 40, generator=rng), torch.randn(20, 40, generator=rng)
+    means[2] = torch.nan
+    longer = torch.cat([deviations, torch.zeros(30, 40)])
+    features = torch.randn(10, 40, generator=rng)
+    few, many = (discriminants_of(means, x, (0.05, 0.4), max_axes=16) for x in (deviations, longer))
+    for one, other in zip(few, many, strict=True):
+        assert one.projection.shape == (40, 2)
+        torch.testing.assert_close(
+            one.squared_distances(features), other.squared_distances(features), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_squared_distances_are_mahalanobis(samples):
