@@ -239,14 +239,17 @@ def contrast_loss(
 
 
 def with_reconstructions(
-    samples: Grouped, trials: Sequence[Trial], settings: Settings, decoded: Sequence[torch.Tensor]
+    samples: Grouped,
+    trials: Sequence[Trial],
+    settings: Settings,
+    places: np.ndarray,
+    decoded: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """
-    A class more, of decoded images of the class 0 (features (m, F) of each family, of its first m images),
-    whose share of the probability is the generators'.
+    A class more, of images at `places` (m,), all of class 0, after an autoencoder (features (m, F) of each
+    family), where these images are learned from. Its share of the probability is the generators'.
     """
-    place = torch.from_numpy(np.flatnonzero(samples.labels.numpy() == 0)[: len(decoded[0])])
-    scores, count = [], samples.num_labels
+    place, scores, count = torch.from_numpy(places), [], samples.num_labels
     for trial in trials:
         rows = torch.from_numpy(trial.fitted)
         kept, total = rows[place], 0

@@ -3,9 +3,10 @@ What simple methods reach on the same splits: radial spectra with logistic regre
 Where the data set has a split `cross`, known classes from sources that training does not see, the figures of
 both stand side by side.
 
-    python benchmarks/baselines.py [DATASET]
+    python benchmarks/baselines.py [DATASET] [--only resnet] [--epochs 40]
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -140,15 +141,20 @@ def _infer(model, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else str(HERE / "leakzoo")
-    pixels, labels, names = load_pixels(name, crop_size=64 if "leakzoo" in name else 256)
-    baselines = {
-        "radial spectra, logistic regression": lambda: spectra_predictions(pixels, labels),
-        "ResNet on pixels": lambda: pixel_resnet_predictions(pixels, labels, len(names)),
-    }
-    for title, predictions in baselines.items():
-        print(title)
-        print(format_summary(evaluate_splits(predictions(), names)), flush=True)
+    parser = argparse.ArgumentParser(description="Simple methods on the same splits.")
+    parser.add_argument("dataset", nargs="?", default=str(HERE / "leakzoo"), help="what `load_dataset` takes")
+    parser.add_argument("--only", nargs="+", choices=("spectra", "resnet"), default=("spectra", "resnet"))
+    parser.add_argument("--epochs", type=int, default=40, help="of the ResNet")
+    arguments = parser.parse_args()
+    crop_size = 64 if "leakzoo" in arguments.dataset else 256
+    pixels, labels, names = load_pixels(arguments.dataset, crop_size=crop_size)
+    if "spectra" in arguments.only:
+        print("radial spectra, logistic regression")
+        print(format_summary(evaluate_splits(spectra_predictions(pixels, labels), names)), flush=True)
+    if "resnet" in arguments.only:
+        print(f"ResNet on pixels, {arguments.epochs} epochs")
+        predictions = pixel_resnet_predictions(pixels, labels, len(names), arguments.epochs)
+        print(format_summary(evaluate_splits(predictions, names)), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderDC
 from protoleak import ProtoLeakImageProcessor
 from protoleak.evaluation.splits import SOURCE, load_splits
 from protoleak.evaluation.verdicts import REAL
@@ -64,6 +65,7 @@ FOLDS = (
 AS_THEY_ARE = (View(),)
 # the same done to every image, whatever was done to it before
 EQUALISED = (View(operator="jpeg", strength=75), View(operator="resize_bicubic", strength=0.5))
+LEAKZOO_RECIPE = Path(__file__).parent.parent / "leakzoo" / "recipe"
 # scales and timesteps that are pooled and cached together; the bundled checkpoint's come first
 POOLED = (((1, 2), (0, 20)), ((4,), (0, 20)), ((1, 2), (60, 150)))
 COOCCURRENCES = ("cooccurrences",)
@@ -151,6 +153,23 @@ class Images:
         self.model.protoleak.set_noise_seed(config.noise_seed)  # noise is drawn for these timesteps
         encoded = self.cache.encode_views(self.rows, views).values()
         return torch.cat([features for view in encoded for features, _ in DataLoader(view, 256)])
+
+    @torch.no_grad()
+    def reconstructed(self, places: np.ndarray) -> torch.Tensor:
+        """What the model pools of some images after LeakZoo's autoencoder, as [`Images.pooled`]: (m, S, P)"""
+        path = self.cache.folder / f"leads-{self.key}-reconstructed-{len(places)}.npy"
+        if not path.exists():
+            self.pooled(*POOLED[0])  # fits the whitening, where it isn't yet
+            autoencoder = AutoencoderDC.from_pretrained(LEAKZOO_RECIPE, subfolder="vae").eval()
+            base, described = self.model.protoleak, []
+            for contents in self.rows.select(places).select_columns("image").iter(8):
+                images = [image["bytes"] or Path(image["path"]).read_bytes() for image in contents["image"]]
+                latents = autoencoder.encode(self.pixels(images)["pixel_values"]).latent
+                decoded = autoencoder.decode(latents).sample.clamp(-1, 1)
+                rounded = ((decoded + 1) * 127.5).round() / 127.5 - 1
+                described.append(base.describe(base.encode(rounded))["features"].mean(dim=2))
+            np.save(path, torch.cat(described).numpy())
+        return torch.from_numpy(np.load(path))
 
     def samples(self, families: Sequence[torch.Tensor]) -> across.Grouped:
         """Standardised features (n views, F) of each family."""
@@ -353,9 +372,24 @@ def stranger_rows(images: Images) -> Iterator[tuple[str, int, list[dict[str, flo
         yield f"both families; strangers by {name}", count, figures
 
 
+def decoder_rows(images: Images) -> Iterator[tuple[str, int, list[dict[str, float]]]]:
+    """The same of co-occurrences, with a class more: every third photograph after LeakZoo's autoencoder."""
+    places = np.flatnonzero(images.labels == images.names.index(REAL))[::3]
+    pooled, take = images.pooled(*POOLED[0]), images.model.protoleak.encoder.take
+    features, more = (take(x, COOCCURRENCES).flatten(1) for x in (pooled, images.reconstructed(places)))
+    deviation = (features.var(dim=0) + 1e-7).sqrt()
+    samples, decoded = images.samples([features]), [(more - features.mean(dim=0)) / deviation]
+    settings = choose(samples, images.trials)
+    figures = []
+    for trials in (images.trials, images.hard_trials):
+        scores = across.with_reconstructions(samples, trials, settings, places, decoded)
+        figures.append(measure(scores, images.labels, trials, images.names))
+    yield "co-occurrences, and photographs after LeakZoo's autoencoder", features.shape[1], figures
+
+
 def main() -> None:
     leads = [*pixel_leads(), *model_leads(), *source_leads()]
-    groups = [*dict.fromkeys(lead.group for lead in leads), "strangers"]
+    groups = [*dict.fromkeys(lead.group for lead in leads), "strangers", "decoders"]
     parser = argparse.ArgumentParser(description="What carries over to sources left out.")
     parser.add_argument("dataset", help="what `load_dataset` takes, with a column of sources")
     parser.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP")
@@ -364,7 +398,7 @@ def main() -> None:
     print(f"| lead | features | {' | '.join(COLUMNS.values())} |")
     print("| --- " * (len(COLUMNS) + 2) + "|", flush=True)
     asked = {group: [rows(lead, images) for lead in leads if lead.group == group] for group in groups}
-    asked["strangers"] = [stranger_rows(images)]
+    asked |= {"strangers": [stranger_rows(images)], "decoders": [decoder_rows(images)]}
     chosen = itertools.chain.from_iterable(asked[group] for group in arguments.only)
     for title, count, figures in itertools.chain.from_iterable(chosen):
         cells = [[f"{of[name]:.3f}" for of in figures if not np.isnan(of[name])] for name in COLUMNS]

@@ -118,6 +118,20 @@ def test_what_post_processing_changes_tells_little(samples, settings):
     assert moves[0] > 2 * moves[1] > 2 * moves[2]
 
 
+def test_what_looks_like_a_reconstruction_is_less_likely_a_photograph(samples, settings):
+    samples, trials = samples
+    places = np.flatnonzero(samples.labels.numpy() == 0)
+    decoded = [x[places] for x in samples.families]
+    decoded[0][:, 0] -= 3
+    samples.families[0][places] = decoded[0]  # those that are asked about look like it, and all others too
+    without = left_out.by_discriminants(samples, trials, settings)
+    found = across.with_reconstructions(samples, trials, settings, places, decoded)
+    for trial, of_trial, before in zip(trials, found, without, strict=True):
+        real = torch.from_numpy(samples.labels.numpy()[trial.asked] == 0)
+        torch.testing.assert_close(of_trial.exp().sum(dim=1), torch.ones(len(of_trial)).double())
+        assert of_trial.exp()[real, 0].mean() < 0.6 * before.softmax(1)[real, 0].mean()
+
+
 def test_positives_are_of_other_sources():
     """Those of the own source count only where a class has no other."""
     embeddings = torch.tensor([[1.0, 0], [1, 0], [0, 1], [-1, 0]])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from protoleak.statistics_protoleak import (
-    discriminants_of,
     LatentWhitening,
+    discriminants_of,
     fit_discriminant,
     grid_statistics,
     normalise_contrast,
