@@ -1,11 +1,9 @@
 """README and docs/ say what is so: each snippet is taken from its page and run in a copy of the clone."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -14,6 +12,8 @@ from protoleak.cli import main
 from protoleak.image_files_protoleak import find_images
 
 from . import ROOT
+from .conftest import on_one_thread
+from .fresh import Interpreter
 
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
@@ -80,42 +80,34 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def runner(copy: Path, folder: Path):
+@pytest.fixture(scope="module")
+def run(copy, tmp_path_factory):
     """Runs a command in the copy as if no extra were installed but those that the snippet's section names."""
+    interpreters = {}
 
     def run(command: list[str], extras: set[str] = frozenset()) -> str:
         missing = [module for extra in EXTRAS.keys() - extras for module in EXTRAS[extra]]
-        (folder / "sitecustomize.py").write_text(
-            f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
-        )
-        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": path}
-        result = subprocess.run(
-            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=500
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        key = tuple(sorted(missing))
+        if key not in interpreters:
+            interpreters[key] = Interpreter(tmp_path_factory.mktemp("interpreter"), missing)
+        return interpreters[key].run(command, copy)
 
-    return run
-
-
-@pytest.fixture
-def run(copy, tmp_path):
-    return runner(copy, tmp_path)
+    with on_one_thread():
+        yield run
+    for interpreter in interpreters.values():
+        interpreter.close()
 
 
 @pytest.fixture(scope="module")
-def leakzoo_model(copy, tmp_path_factory) -> Path:
+def leakzoo_model(copy, run) -> Path:
     """What the page's command trains on LeakZoo, in short."""
-    command = snippet("training.md", "train.py --output_dir").strip()
-    runner(copy, tmp_path_factory.mktemp("site"))([*in_short(command)])
+    run(in_short(snippet("training.md", "train.py --output_dir").strip()))
     return copy / "runs/leakzoo"
 
 
 def in_short(command: str) -> list[str]:
     """A command line; training sees each image once, for one epoch."""
     short = " --num_train_epochs 1 --orientations 1 --augmented_views 0"
-    command = command.replace("python ", f"{sys.executable} ")
     return (command + (short if "train.py" in command else "")).split()
 
 
@@ -138,7 +130,7 @@ def test_python_snippets(run):
         ("usage.md", "evaluate.load", "'macro_auc': 1.0"),
     ]
     texts = [snippet(page, marker, "python") for page, marker, _ in expected]
-    output = run([sys.executable, "-c", "\n".join(f"exec({text!r}, {{}}); print('=====')" for text in texts)])
+    output = run(["python", "-c", "\n".join(f"exec({text!r}, {{}}); print('=====')" for text in texts)])
     for printed, (_, marker, wanted) in zip(output.split("=====\n"), expected, strict=False):
         assert wanted in printed, marker
 
