@@ -1,8 +1,7 @@
 """Tiny models of the real architectures, with random weights or trained once for all tests."""
 
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,20 @@ from protoleak.training.arguments import TrainingArguments
 from protoleak.training.patches import make_patch_autoencoder
 
 LABELS = ["real", "a", "b"]
+
+# tests run in two processes, and tiny models are faster on one thread; so are the processes that tests start
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+COSTLY = ("copy", "workspace", "address", "across_sources")  # fixtures that no two processes should make
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what is costly to make run in one process."""
+    for item in items:
+        for name in set(COSTLY) & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def tiny_vae(latent_channels: int = 4, **overrides) -> AutoencoderKL:
@@ -191,25 +204,6 @@ def recipe(tmp_path) -> Path:
     return save_recipe(tmp_path / "recipe")
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Tiny models train faster so, above all beside other work; also in processes that are started."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
-
-
 @dataclass(frozen=True)
 class TrainedRun:
     """A checkpoint that training made, the data set and the recipe that it was made from, and its summary."""
@@ -229,5 +223,4 @@ def trained(tmp_path_factory, cache) -> TrainedRun:
     """Trained once; nothing may be changed in its folders."""
     place = tmp_path_factory.mktemp("trained")
     folder, recipe = draw_folder(place / "data"), save_recipe(place / "recipe")
-    with on_one_thread():
-        return TrainedRun(place / "run", folder, recipe, train(arguments(place, folder, recipe)))
+    return TrainedRun(place / "run", folder, recipe, train(arguments(place, folder, recipe)))

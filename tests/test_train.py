@@ -32,8 +32,6 @@ from torch.utils.data import TensorDataset
 from . import ROOT
 from .conftest import TEXTURE, TrainedRun, arguments, draw, tiny_config, tiny_model, tiny_vae
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def load(checkpoint: Path) -> tuple[ProtoLeakForImageAttribution, LatentCache]:
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)

@@ -9,8 +9,6 @@ import pytest
 from . import ROOT
 from .conftest import draw
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def load_benchmark(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
