@@ -23,7 +23,13 @@ LABELS = ["real", "a", "b"]
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-COSTLY = ("copy", "workspace", "address", "across_sources")  # fixtures that no two processes should make
+COSTLY = (
+    "copy",
+    "workspace",
+    "address",
+    "found",
+    "across_sources",
+)  # fixtures that no two processes should make
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -191,8 +191,8 @@ def test_folder_reason_and_export_commands(copy, run):
     run(scan.split())
     assert len((copy / "records.jsonl").read_text().splitlines()) == 2
     assert len((copy / "records.csv").read_text().splitlines()) == 3
-    reasons = snippet("usage.md", "protoleak explain").replace("examples/ ", "FOLDER2 ")
-    explain, report, page = reasons.strip().splitlines()
+    reasons = snippet("usage.md", "protoleak explain")
+    explain, report, page = reasons.replace("examples/ ", "FOLDER2 ").strip().splitlines()
     extras = extras_of("usage.md", reasons)
     assert "attention over timesteps" in run(explain.split(), extras)
     assert "2 images, 0 of which" in run(report.split(), extras)
@@ -226,10 +226,10 @@ def test_measuring_commands(copy, run, leakzoo_model):
 
 
 def test_the_keys_of_a_record_are_documented(capsys):
-    """records.md has three tables: the record, what the command adds, the explanation."""
+    """records.md has four tables: the record, what the command adds, a file's claims, the explanation."""
     page = (ROOT / "docs/records.md").read_text(encoding="utf-8")
     tables = re.findall(r"\| key \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page)
-    record, added, explanation = (
+    record, added, claims, explanation = (
         {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split("|")[1])}
         for table in tables
     )
@@ -237,6 +237,7 @@ def test_the_keys_of_a_record_are_documented(capsys):
     keys = json.loads(capsys.readouterr().out)
     assert set(keys["explanation"]) == explanation
     assert set(keys) == record | added | {"explanation"}
+    assert set(keys["provenance"]) <= claims
 
 
 def anchors(page: Path) -> set[str]:
