@@ -29,7 +29,7 @@ COSTLY = (
     "address",
     "found",
     "across_sources",
-)  # fixtures that no two processes should make
+)  # no two processes should make these
 
 
 @pytest.hookimpl(tryfirst=True)
