@@ -57,7 +57,7 @@ class ProtoLeakPipelineOutput(BaseOutput):
     labels: list[str]
     verdicts: list[str]
     origins: list[str | None]
-    scores: list[float]
+    scores: list[float | None]
     open_set_scores: list[float | None]
     p_values: list[float | None]
     generated_p_values: list[float | None]
@@ -199,9 +199,10 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         records, latents = [], []
         for start in self.progress_bar(range(0, len(images), batch_size)):
             opened = [processor.open(image, **waiting) for image in images[start : start + batch_size]]
-            pixel_values = processor(opened)["pixel_values"].to(self._execution_device)
+            inputs = processor(opened)
+            pixel_values = inputs["pixel_values"].to(self._execution_device)
             output = model(pixel_values, output_noisy_latents=output_latents, return_dict=True)
-            records += model.records(output, **levels)
+            records += model.records(output, **levels, no_evidence=inputs["no_evidence"])
             latents.append(output.get("noisy_latents"))
         self.maybe_free_model_hooks()
         result = ProtoLeakPipelineOutput(

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .decoding_protoleak import MAX_PIXELS, check_bounds, from_array, is_deep, shown, to_rgb
+from .evidence_protoleak import LEAST_SIDE, SUFFICIENT, lack_of_evidence
 from .files_protoleak import shown_name
 from .image_files_protoleak import open_encoded
 from .postprocessing_protoleak import postprocess
@@ -194,15 +195,19 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         Returns:
             `BatchFeature` with `pixel_values` of shape (batch_size, 3, crop_size, crop_size), or, unless
             `num_crops` is 1, (batch_size, V, 3, crop_size, crop_size), V the most crops that an image of the
-            batch has, see [`stack_crops`]: float32 in [-1, 1].
+            batch has, see [`stack_crops`]: float32 in [-1, 1]; and `no_evidence` of shape (batch_size,), see
+            [`~ProtoLeakImageProcessor.lack_of_evidence`].
         """
         processor = self._changed(changes)
         several = self.several(images)
         images = [images] if several is None else several
         if not len(images):
             raise ValueError("images is empty; pass at least one image")
+        images = [processor.open(image) for image in images]
         pixel_values = stack_crops([processor.pixel_values(image) for image in images])
-        inputs = BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        lacks = np.array([processor.lack_of_evidence(image) for image in images])
+        data = {"pixel_values": pixel_values, "no_evidence": lacks}
+        inputs = BatchFeature(data, tensor_type=return_tensors)
         return inputs if processor.device is None else inputs.to(processor.device)
 
     @staticmethod
@@ -233,6 +238,13 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
     def open(self, image: Any, timeout: float | None = TIMEOUT) -> Image.Image:
         """[`open_image`] within `max_pixels`."""
         return open_image(image, self.max_pixels, timeout)
+
+    def lack_of_evidence(self, image: Any) -> int:
+        """
+        What an image lacks for an attribution, 0 for nothing: see `evidence_protoleak.py`. Of models of crops
+        below `LEAST_SIDE` pixels, nothing: such small pictures are theirs.
+        """
+        return SUFFICIENT if self.crop_size < LEAST_SIDE else lack_of_evidence(self.open(image))
 
     def pixel_values(self, image: Any) -> np.ndarray:
         """

@@ -14,6 +14,12 @@ TASK = "image-attribution"
 UNKNOWN = "unknown"
 REAL = "real"  # the class of photographs; every other is a generator
 CAMERA, GENERATED, CANT_TELL = "camera", "generated", "can't tell"  # the origins
+NO_EVIDENCE = "no evidence"  # a label
+LACKS = {  # what the image processor's `no_evidence` says
+    1: "the picture is too small",
+    2: "the picture is flat or too smooth",
+    3: "the picture is nothing but noise",
+}
 LISTED = 3  # so many classes at most are named in a verdict
 KDE_OF_EMBEDDINGS = {"embeddings": "kde"}  # the open-set score that is a log density in nats
 RECORD_FIELDS = (
@@ -21,6 +27,7 @@ RECORD_FIELDS = (
     "prediction_set", "ruled_out", "attributions", "scope",
 )  # fmt: skip
 VERDICT_OPTIONS = ("alpha", "camera_alpha", "top_k")
+FACTS = ("no_evidence", "image_size")  # of images, which pass the model by
 
 
 def attribution_record(
@@ -83,6 +90,20 @@ def attribution_record(
     }
     record["origin"] = _origin(record, camera_alpha)
     return {"verdict": verdict_sentence(record)} | record
+
+
+def without_evidence(record: dict[str, Any], lack: int) -> dict[str, Any]:
+    """
+    A record of a picture that lacks something, a key of `LACKS`: "no evidence" is its label and its verdict,
+    it has no score, nothing is ruled out and no origin told. What was measured stays.
+    """
+    changes = {"verdict": f"{NO_EVIDENCE}: {LACKS[lack]}", "label": NO_EVIDENCE, "score": None}
+    if record["origin"] is not None:
+        changes["origin"] = CANT_TELL
+    if record["prediction_set"] is not None:
+        names = [attribution["label"] for attribution in record["attributions"]]
+        changes |= {"prediction_set": names, "ruled_out": []}
+    return record | changes | {"is_unknown": False}
 
 
 def _sets(names: list[str], is_low: torch.Tensor, is_unknown: bool) -> tuple[list[str], list[str]]:
@@ -190,16 +211,17 @@ class ImageAttributionPipeline(Pipeline):
         if explain:
             size = {"image_size": image.size}
             images += self.image_processor.reencoded(image)
-        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        inputs = self.image_processor(images, return_tensors="pt")
+        pixel_values, facts = inputs["pixel_values"], {"no_evidence": inputs["no_evidence"]} | size
         # transformers fills tensors of different lengths up with zeros, but for those named "pixel_values"
-        return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | size
+        return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | facts
 
     def _forward(self, model_inputs: dict[str, Any]):
-        size = model_inputs.pop("image_size", None)
+        facts = {name: model_inputs.pop(name) for name in FACTS if name in model_inputs}
         (pixel_values,) = model_inputs.values()
         output = self.model(pixel_values, return_dict=True)
-        if size is not None:
-            output["image_size"] = size
+        for name, fact in facts.items():
+            output[name] = fact
         return output
 
     def postprocess(self, model_outputs, explain: bool = False, **options: Any) -> dict[str, Any]:
@@ -232,11 +254,13 @@ def records_of(
     alpha: float | None = None,
     camera_alpha: float | None = None,
     top_k: int | None = None,
+    no_evidence: Any = None,
 ) -> list[dict[str, Any]]:
     """
     The records of a batch, from an `ImageAttributionOutput`, at the config's levels or at other ones. Where
     the open-set score is the paper's, the KDE of embeddings, they also have it as `log_density`, in nats.
-    With `top_k` they have the likeliest attributions alone.
+    With `top_k` they have the likeliest attributions alone. `no_evidence` is the image processor's,
+    (batch_size,); by default what the output has, or none.
     """
     check_options({"alpha": alpha, "camera_alpha": camera_alpha, "top_k": top_k})
     has_verdict = output.get("p_values") is not None
@@ -263,6 +287,9 @@ def records_of(
     ]
     if has_verdict and config.open_set_scores == KDE_OF_EMBEDDINGS:
         records = [record | {"log_density": record["open_set_score"]} for record in records]
+    lacks = output.get("no_evidence") if no_evidence is None else no_evidence
+    for i, lack in enumerate([] if lacks is None else map(int, lacks)):
+        records[i] = without_evidence(records[i], lack) if lack else records[i]
     return [record | {"attributions": record["attributions"][:top_k]} for record in records]
 
 

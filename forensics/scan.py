@@ -105,11 +105,13 @@ class Attributor:
 
     def read(
         self, file: "Path | Row", done: Collection[tuple[str, str]] = ()
-    ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """As [`~Attributor.open`], with the image's pixel values in its place."""
+    ) -> tuple[dict[str, Any], tuple[np.ndarray, int] | None]:
+        """As [`~Attributor.open`], with the image's pixel values and what it lacks in its place."""
         row, image = self.open(file, done)
         try:
-            return row, None if image is None else self.processor.pixel_values(image)
+            if image is None:
+                return row, None
+            return row, (self.processor.pixel_values(image), self.processor.lack_of_evidence(image))
         except (OSError, ValueError, MemoryError) as error:
             return row | {"error": str(error) or type(error).__name__}, None
 
@@ -141,9 +143,10 @@ class Attributor:
             pixels = [values for _, values in batch if values is not None]
             verdicts: Iterator[dict[str, Any]] = iter(())
             if pixels:
-                pixel_values = torch.from_numpy(stack_crops(pixels)).to(self.network.device)
+                crops, lacks = zip(*pixels, strict=True)
+                pixel_values = torch.from_numpy(stack_crops(crops)).to(self.network.device)
                 output = self.network(pixel_values, return_dict=True)
-                verdicts = iter(records_of(output, self.network.config))
+                verdicts = iter(records_of(output, self.network.config, no_evidence=lacks))
             for row, values in batch:
                 if values is None and row["error"] is None:
                     continue
