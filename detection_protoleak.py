@@ -64,7 +64,7 @@ class DetectorMixin:
     def set_labels(self, names: list[str]) -> None:
         """
         Make `names` the classes: a class that was known keeps its prototypes, a new one begins at random. The
-        detector goes.
+        detector and the scope, which are of the old ones, go.
         """
         known = {self.config.id2label[k]: k for k in range(self.config.num_labels)}
         old = self.head.prototypes
@@ -75,7 +75,7 @@ class DetectorMixin:
         self.head.prototypes = torch.nn.Parameter(new)
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: k for k, name in enumerate(names)}
-        self.detector = None
+        self.detector = self.config.scope = None
 
     @torch.no_grad()
     def enroll(self, name: str, images: Any) -> None:
@@ -101,7 +101,9 @@ class DetectorMixin:
         embeddings = detector.train_["embeddings"][detector.train_["labels"] == len(detector.labels) - 1]
         count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
         centres = KMeans(count, n_init=10, random_state=0).fit(embeddings.numpy()).cluster_centers_
+        scope = self.config.scope
         self.set_labels(detector.labels)
+        self.config.scope = scope  # of all but the new class
         self.head.place(len(detector.labels) - 1, torch.from_numpy(centres))
         self._take_detector(detector)
 

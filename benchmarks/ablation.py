@@ -57,9 +57,9 @@ def nothing(latents: torch.Tensor) -> torch.Tensor:
     return latents.new_zeros(len(latents), channels + channels * (channels - 1) // 2)
 
 
-def shuffled(name: list[str], seed: int) -> DatasetDict:
+def shuffled(name: list[str], seed: int, *how) -> DatasetDict:
     """The control: training and validation images with one another's labels."""
-    splits = load_splits(name, seed)
+    splits = load_splits(name, seed, *how)
     for split in ("train", "validation"):
         labels = np.random.default_rng(seed).permutation(splits[split]["label"])
         splits[split] = splits[split].remove_columns("label").add_column("label", labels.tolist())

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak.cli import main
 from protoleak.evaluation.splits import load_splits
 from protoleak.forensics.scan import Attributor
 from protoleak.postprocessing_protoleak import postprocess
@@ -124,3 +125,25 @@ def test_integers_are_classes_and_their_names(tmp_path, recipe):
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "data")
     train(arguments(tmp_path, tmp_path / "data", recipe, num_train_epochs=1, augmented_views=0))
     assert "known classes made an image, or none of them: 0, 1." in (tmp_path / "run/README.md").read_text()
+
+
+def test_an_enrolled_class_is_in_the_scope_and_no_picture_of_it_is_kept_unasked(
+    trained, tmp_path, photo, capsys
+):
+    for name in ("a", "b"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        photo.save(tmp_path / f"images/{name}.webp")
+    before = ProtoLeakConfig.from_pretrained(trained.checkpoint).scope
+    command = ["enroll", "new", str(tmp_path / "images"), "--model", str(trained.checkpoint), "--output_dir"]
+    for run, wanted in {"plain": [], "pictured": ["--thumbnails"]}.items():
+        assert main([*command, str(tmp_path / run), *wanted]) == 0
+        model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / run)
+        assert bool(model.detector.thumbnails_) == bool(wanted)
+        assert model.config.scope["trained_on"] == f"{before['trained_on']} and 2 images of new"
+        assert model.config.scope["images"] == before["images"] + 2
+        assert model.config.scope["sizes"] == [40, 48]
+        assert "new" in model.config.scope["limits"][0]
+        card = (tmp_path / run / "README.md").read_text()
+        assert str(tmp_path) not in card
+        assert str(trained.checkpoint) not in card
+        assert ("small pictures of" in card) == bool(wanted)

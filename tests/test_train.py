@@ -323,6 +323,11 @@ def test_images_with_sources_are_all_learned_from_and_left_out_in_turn(across_so
     assert len(detector.calibration_) == 48 + 24
     assert len(detector.train_["labels"]) == 2 * (48 + 24), "with a post-processed view of each"
     assert set(across_sources.summary["splits"]) == {"test", "cross"}
+    assert (
+        "a single source: b; what is learned of these may be that source"
+        in across_sources.summary["warnings"]
+    )
+    assert model.config.scope["sources"] == 4
     assert across_sources.summary["splits"]["test"]["metrics"]["macro_auc"] > 0.9
     resubstituted = detector.open_set_score({"embeddings": detector.train_["embeddings"][:72]})
     assert detector.calibration_.median() < np.median(resubstituted), (
