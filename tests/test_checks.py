@@ -18,8 +18,6 @@ from protoleak.training.card import HubFacts, write_card
 
 from .conftest import arguments, draw
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_bad_data_is_named(tmp_path, folder, recipe, caplog):
     """All images that can't be read at once, and training goes on without them if it is asked to."""
