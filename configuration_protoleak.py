@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .outputs_protoleak import ImageAttributionOutput
 
 POOLINGS = ("mean", "statistics", "texture")
+TEXTURE_FAMILIES = ("cooccurrences", "covariances", "cooccurrences_of_contrast", "ternary_patterns")
 FEATURES = ("embeddings", "statistics")
 OPEN_SET_SCORES = ("kde", "l2_kde", "l2_mahalanobis")
 LARGEST_SCALE = 8
@@ -44,8 +45,14 @@ class ProtoLeakConfig(PreTrainedConfig):
             How a feature map becomes a vector: `"mean"`, global average pooling as in the paper, or
             `"statistics"`, moments, cross-channel correlations and neighbour autocorrelations over the grid,
             of the latents beside those of the features, and the latents' partial correlations; or
-            `"texture"`, co-occurrences of residuals and the log covariance of neighbouring latents, without a
-            backbone; it needs `latent_whitening`.
+            `"texture"`, the statistics that `texture_families` names, without a backbone; it needs
+            `latent_whitening`.
+        texture_families (`list[str]`, defaults to `["cooccurrences", "covariances"]`):
+            What is pooled with `pooling="texture"`, distinct, each with a discriminant of its own to begin
+            with: `"cooccurrences"` of residuals, log `"covariances"` of neighbouring latents,
+            `"cooccurrences_of_contrast"` and `"ternary_patterns"` of neighbouring pixels. See
+            `texture_protoleak.py`. Each has its share of the embedding, `embedding_size` by their number,
+            and loses what its classes, less one, exceed that by.
         scales (`list[int]`, defaults to `[1]`): By what images are reduced before the VAE encodes them: each
             adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8; others
             than 1 with `pooling="texture"`.
@@ -113,6 +120,7 @@ class ProtoLeakConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     keep_resolution: bool = False
     pooling: str = "mean"
+    texture_families: list[str] | tuple[str, ...] = TEXTURE_FAMILIES[:2]
     scales: list[int] | tuple[int, ...] = (1,)
     patch_size: int = 1
     embedding_size: int = 128
@@ -141,7 +149,7 @@ class ProtoLeakConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.timesteps, self.temperature_range = list(self.timesteps), list(self.temperature_range)
-        self.scales = list(self.scales)
+        self.scales, self.texture_families = list(self.scales), list(self.texture_families)
         self.open_set_scores = {"embeddings": "kde"} if self.open_set_scores is None else self.open_set_scores
         self._validate()
         if self.backbone_config is None:
@@ -199,6 +207,9 @@ class ProtoLeakConfig(PreTrainedConfig):
             len(self.temperature_range) == 2 and 0 < self.temperature_range[0] < self.temperature_range[1]
         )
         self._require("pooling", self.pooling in POOLINGS, f"one of {POOLINGS}")
+        families = self.texture_families
+        known = all(name in TEXTURE_FAMILIES for name in families) and 0 < len(set(families)) == len(families)
+        self._require("texture_families", known, f"a list of some of {TEXTURE_FAMILIES}, each once")
         scales = all(_is_int(s) and 1 <= s <= LARGEST_SCALE for s in self.scales)
         scales = scales and len(set(self.scales)) == len(self.scales) > 0
         self._require("scales", scales, f"a list of distinct integers within 1 and {LARGEST_SCALE}")

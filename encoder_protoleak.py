@@ -14,11 +14,24 @@ from .configuration_protoleak import ProtoLeakConfig
 from .statistics_protoleak import Discriminant, grid_statistics, normalise_contrast, partial_correlations
 from .texture_protoleak import (
     NUM_COOCCURRENCES,
+    NUM_COOCCURRENCES_OF_CONTRAST,
+    NUM_TERNARY_PATTERNS,
     PrincipalPlane,
     cooccurrences,
+    cooccurrences_of_contrast,
     log_covariance,
     num_log_covariances,
+    ternary_patterns,
 )
+
+TEXTURES = {  # what each part is of whitened latents and their plane
+    "cooccurrences": lambda _, plane: cooccurrences(plane),
+    "log_covariance": lambda latents, _: log_covariance(latents),
+    "log_covariance_of_contrast": lambda latents, _: log_covariance(normalise_contrast(latents)),
+    "cooccurrences_of_contrast": lambda _, plane: cooccurrences_of_contrast(plane),
+    "ternary_patterns": lambda _, plane: ternary_patterns(plane),
+}
+COVARIANCES = ("log_covariance", "log_covariance_of_contrast")
 
 
 class LeakEncoder(nn.Module):
@@ -37,13 +50,15 @@ class LeakEncoder(nn.Module):
         grid = 6 * channels + channels * (channels - 1) // 2
         if config.pooling == "texture":
             self.plane = PrincipalPlane(channels, config.patch_size)
-            covariances = num_log_covariances(channels)
-            self.parts = {
+            sizes = dict.fromkeys(COVARIANCES, num_log_covariances(channels)) | {
                 "cooccurrences": NUM_COOCCURRENCES,
-                "log_covariance": covariances,
-                "log_covariance_of_contrast": covariances,
+                "cooccurrences_of_contrast": NUM_COOCCURRENCES_OF_CONTRAST,
+                "ternary_patterns": NUM_TERNARY_PATTERNS,
             }
-            self.families = [("cooccurrences",), ("log_covariance", "log_covariance_of_contrast")]
+            self.families = [
+                COVARIANCES if name == "covariances" else (name,) for name in config.texture_families
+            ]
+            self.parts = {name: sizes[name] for family in self.families for name in family}
         else:
             self.backbone = _backbone(config)
             width = self.backbone.channels[-1]
@@ -74,8 +89,8 @@ class LeakEncoder(nn.Module):
     def pool(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
         if self.pooling == "texture":
-            covariances = [log_covariance(z) for z in (latents, normalise_contrast(latents))]
-            described = [cooccurrences(self.plane(latents)), *covariances]
+            plane = self.plane(latents)
+            described = [TEXTURES[name](latents, plane) for name in self.parts]
         elif self.pooling == "mean":
             found = self.backbone(latents).feature_maps[-1]
             described = [found.mean(dim=(2, 3)), grid_statistics(latents)]

@@ -4,10 +4,13 @@ size, of fourth order (which residuals occur side by side) and of second (how ne
 
 Residuals and their co-occurrences are those of steganalysis (Fridrich and Kodovský, "Rich Models for
 Steganalysis of Digital Images", 2012), with steps that are wide enough for what compression leaves behind.
+Ternary patterns are those of Tan and Triggs ("Enhanced Local Texture Feature Sets", 2010), contrast is
+normalised as by Mittal et al. ("No-Reference Image Quality Assessment in the Spatial Domain", 2012).
 """
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -16,6 +19,13 @@ from torch.nn import functional as F
 TRUNCATION = 2  # residuals are quantised to -2..2
 LEVELS = 2 * TRUNCATION + 1
 RUN = 4  # neighbours in a row that are counted together
+CONTRAST_WINDOW = 7  # side of the square whose mean and deviation a pixel is compared with
+CONTRAST_FLOOR = 1 / 16  # added to that deviation, in units of the plane's own
+SQUARE_STEP = 0.6  # contrast is quantised by, where squares of it are counted
+SPACINGS = (1, 2)  # between the corners of such a square
+RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))  # a pixel's neighbours in turn
+RADII = (1, 2, 4)  # how far away they are
+THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
 NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
 RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
 
@@ -41,6 +51,7 @@ RESIDUALS: Residuals = (
     (_second, (1 / 16, 1 / 8, 1 / 4)),
     (_laplace, (1 / 8,)),
 )
+OF_CONTRAST: Residuals = ((_first, (1 / 4, 1 / 2, 1)),)  # the same, where contrast is normalised
 
 
 def _patterns() -> torch.Tensor:
@@ -91,6 +102,101 @@ def _count_runs(levels: torch.Tensor) -> torch.Tensor:
         runs = (pairs[..., :-2] * LEVELS**2 + pairs[..., 2:]).flatten(1).long()
         counts = counts.scatter_add(1, runs, torch.ones_like(runs, dtype=counts.dtype))
     return counts
+
+
+@cache
+def _square_patterns() -> torch.Tensor:
+    """
+    Which of the distinct patterns each square of four levels is, (625,), corners row by row: a square counts
+    as it is turned and mirrored.
+    """
+    squares = torch.arange(LEVELS**4).view([LEVELS] * 4)
+    turned = [squares, squares.permute(2, 0, 3, 1), squares.permute(3, 2, 1, 0), squares.permute(1, 3, 0, 2)]
+    same = [square for way in turned for square in (way, way.permute(0, 2, 1, 3))]
+    return torch.stack(same).amin(dim=0).flatten().unique(return_inverse=True)[1]
+
+
+NUM_SQUARES = int(_square_patterns().max()) + 1
+NUM_COOCCURRENCES_OF_CONTRAST = NUM_PATTERNS * len(OF_CONTRAST[0][1]) + NUM_SQUARES * len(SPACINGS)
+
+
+def cooccurrences_of_contrast(plane: torch.Tensor) -> torch.Tensor:
+    """
+    Where every pixel is in units of the deviation around it, so that faint texture counts like strong:
+    [`cooccurrences`] of first differences, and of the values at the corners of squares.
+
+    Args:
+        plane: (N, H, W) in units of its standard deviation over many images; H and W at least 6.
+
+    Returns:
+        (N, NUM_COOCCURRENCES_OF_CONTRAST), float32.
+    """
+    values = plane[:, None]
+    mean, square = _around(values), _around(values.square())
+    deviation = (square - mean.square()).clamp_min(0).sqrt()
+    contrast = ((values - mean) / (deviation + CONTRAST_FLOOR))[:, 0]
+    levels = ((contrast / SQUARE_STEP).round().clamp(-TRUNCATION, TRUNCATION) + TRUNCATION).long()
+    described = [cooccurrences(contrast, OF_CONTRAST)]
+    for spacing in SPACINGS:
+        rows = levels[..., :-spacing] * LEVELS + levels[..., spacing:]
+        squares = rows[:, :-spacing] * LEVELS**2 + rows[:, spacing:]
+        described.append(_roots_of_shares(squares.flatten(1), _square_patterns()))
+    return torch.cat(described, dim=1)
+
+
+def _roots_of_shares(codes: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """Square roots of how often each pattern occurs: codes (N, L), long, and the pattern of each -> (N, P)"""
+    counts = torch.zeros(len(codes), len(patterns), device=codes.device)
+    counts = counts.scatter_add(1, codes, torch.ones_like(codes, dtype=counts.dtype))
+    merged = counts.new_zeros(len(codes), int(patterns.max()) + 1)
+    return (merged.index_add(1, patterns.to(codes.device), counts) / codes.shape[1]).sqrt()
+
+
+def _around(values: torch.Tensor) -> torch.Tensor:
+    """The mean of the square around each pixel, (N, 1, H, W), mirrored at the border."""
+    padded = F.pad(values, [CONTRAST_WINDOW // 2] * 4, mode="reflect")
+    return F.avg_pool2d(padded, CONTRAST_WINDOW, stride=1)
+
+
+@cache
+def _ring_patterns() -> torch.Tensor:
+    """
+    Which of the distinct patterns each ring of eight signs is, (6561,): a ring counts as it is turned by
+    quarters, mirrored, and as its negative.
+    """
+    rings = torch.arange(3**8).view([3] * 8)
+    starts, ways = range(0, 8, 2), (1, -1)
+    orders = [[(start + way * i) % 8 for i in range(8)] for start in starts for way in ways]
+    same = [ring for order in orders for ring in (rings.permute(order), rings.permute(order).flip(*range(8)))]
+    return torch.stack(same).amin(dim=0).flatten().unique(return_inverse=True)[1]
+
+
+NUM_RINGS = int(_ring_patterns().max()) + 1
+NUM_TERNARY_PATTERNS = NUM_RINGS * len(RADII)
+
+
+def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
+    """
+    Square roots of how often each pattern of a pixel's eight neighbours occurs: which of them are brighter by
+    a threshold, and which darker, for each radius.
+
+    Args:
+        plane: (N, H, W) in units of its standard deviation over many images; H and W at least 9.
+
+    Returns:
+        (N, NUM_TERNARY_PATTERNS), float32.
+    """
+    described = []
+    for radius in RADII:
+        height, width = (size - 2 * radius for size in plane.shape[1:])
+        corners = [(radius * (1 + i), radius * (1 + j)) for i, j in RING]
+        middle = plane[:, radius : radius + height, radius : radius + width]
+        differences = [plane[:, i : i + height, j : j + width] - middle for i, j in corners]
+        rings = torch.zeros(middle.shape, dtype=torch.int16, device=plane.device)
+        for difference in differences:
+            rings = rings * 3 + 1 + (difference > THRESHOLD) - (difference < -THRESHOLD).to(torch.int16)
+        described.append(_roots_of_shares(rings.flatten(1).long(), _ring_patterns()))
+    return torch.cat(described, dim=1)
 
 
 def log_covariance(latents: torch.Tensor) -> torch.Tensor:

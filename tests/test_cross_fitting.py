@@ -10,6 +10,7 @@ from protoleak.training.cross_fitting import (
     SHRINKAGES,
     Samples,
     Settings,
+    _spread,
     choose_settings,
     class_folds,
     count_sources,
@@ -148,9 +149,18 @@ def test_settings_are_those_of_a_search_through_a_grid(seed):
         losses = [min(even_loss(-d * scale**2 / 2, targets) for scale in grid) for d in distances]
         assert found == SHRINKAGES[int(np.argmin(losses))]
         chosen.append(distances[int(np.argmin(losses))])
-    joint = lambda a, b: even_loss(-(chosen[0] * a**2 + chosen[1] * b**2) / 2, targets)  # noqa: E731
-    assert settings.loss <= min(joint(a, b) for a in grid for b in grid) + 1e-4
-    assert settings.loss == pytest.approx(joint(*settings.scales), abs=1e-4)
+    spreads = [(d - d.mean(axis=1, keepdims=True)).std() for d in chosen]
+    factors = [scale**2 * spread for scale, spread in zip(settings.scales, spreads, strict=True)]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-4), "both count alike"
+    joint = lambda factor: even_loss(-factor * (chosen[0] / spreads[0] + chosen[1] / spreads[1]) / 2, targets)  # noqa: E731
+    assert settings.loss <= min(joint(factor) for factor in np.geomspace(1e-3, 50, 300)) + 1e-4
+    assert settings.loss == pytest.approx(joint(factors[0]), abs=1e-4)
+
+
+def test_a_family_that_does_not_know_a_class_counts_like_others():
+    """Distances to a class without samples are infinite, and no part of a family's spread."""
+    distances = torch.tensor([[1.0, 3.0, torch.inf], [5.0, 1.0, torch.inf]]).double()
+    assert _spread(distances) == pytest.approx(np.std([-1, 1, 2, -2]))
 
 
 def squared_distances_of(features, labels, fitted, held_out, shrinkage) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from scipy.optimize import minimize
+from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from ..calibration_protoleak import CrossFitted
@@ -33,7 +33,7 @@ class Settings:
     Args:
         shrinkages (`tuple[float, ...]`): One for each family of features: how far its discriminant's
             covariance is drawn to a multiple of the identity.
-        scales (`tuple[float, ...]`): What each discriminant counts, the factor of its projection.
+        scales (`tuple[float, ...]`): The factor of each discriminant's projection: all count alike.
         loss (`float`): Cross-entropy of the held-out images that chose them, classes weighed alike.
     """
 
@@ -199,15 +199,27 @@ def choose_settings(samples: Samples, splits: Sequence[tuple[np.ndarray, np.ndar
 def _fit_scales(
     distances: list[torch.Tensor], labels: torch.Tensor, weights: torch.Tensor
 ) -> tuple[tuple[float, ...], float]:
-    """The factors of squared distances (n, K) by which images are likeliest, as scales, and that loss."""
+    """
+    The factors of squared distances (n, K) by which families count alike and images are likeliest, as scales,
+    and that loss. A factor each, by likelihood, would drop families that help to rank.
+    """
+    spreads = [_spread(d) for d in distances]
+    joined = sum(d / spread for d, spread in zip(distances, spreads, strict=True))
 
-    def loss(log_scales: np.ndarray) -> float:
-        logits = -sum(d * float(np.exp(2 * s)) for d, s in zip(distances, log_scales, strict=True)) / 2
-        losses = F.cross_entropy(logits, labels, reduction="none").clamp_max(50)
+    def loss(log_factor: float) -> float:
+        losses = F.cross_entropy(joined * -float(np.exp(log_factor)), labels, reduction="none").clamp_max(50)
         return float((losses * weights).sum() / weights.sum())
 
-    found = minimize(loss, np.full(len(distances), -1.5), method="Nelder-Mead", options={"xatol": 1e-2})
-    return tuple(float(np.exp(s)) for s in found.x), float(found.fun)
+    found = minimize_scalar(loss, bounds=(-7, 4), method="bounded")
+    return tuple(float(np.sqrt(2 * np.exp(found.x) / spread)) for spread in spreads), float(found.fun)
+
+
+def _spread(distances: torch.Tensor) -> float:
+    """The standard deviation of finite squared distances (n, K), less the mean of their row."""
+    finite = distances.isfinite()
+    values = distances.where(finite, 0)
+    mean = values.sum(dim=1, keepdim=True) / finite.sum(dim=1, keepdim=True)
+    return float((values - mean)[finite].square().mean().sqrt().clamp_min(1e-9))
 
 
 # --- calibrating --------------------------------------------------------------------------------------------
