@@ -53,6 +53,10 @@ def test_wrong_values_are_named(field, value):
     ("field", "value"),
     [
         ("latent_whitening", False),
+        ("texture_families", []),
+        ("texture_families", ["cooccurrences", "cooccurrences"]),
+        ("texture_families", [["cooccurrences"]]),
+        ("texture_families", "cooccurrences"),
         ("patch_size", 3),  # 12 channels are no planes of nine places
         ("open_set_scores", {"statistics": "kde"}),
     ],

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from protoleak.configuration_protoleak import TEXTURE_FAMILIES
 from protoleak.texture_protoleak import (
     NUM_COOCCURRENCES,
+    NUM_COOCCURRENCES_OF_CONTRAST,
     NUM_PATTERNS,
+    NUM_TERNARY_PATTERNS,
     RESIDUALS,
     RIDGE,
     PrincipalPlane,
     cooccurrences,
+    cooccurrences_of_contrast,
     log_covariance,
     num_log_covariances,
+    ternary_patterns,
 )
 
 from .conftest import TEXTURE, tiny_model
@@ -89,14 +94,16 @@ def test_cooccurrences_are_those_counted_one_by_one():
     torch.testing.assert_close(described.view(3, 6, 169).square().sum(dim=2), torch.ones(3, 6))
 
 
+@pytest.mark.parametrize("describe", [cooccurrences, cooccurrences_of_contrast, ternary_patterns])
 @pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("quarters", range(4))
-def test_a_turned_or_mirrored_image_has_the_same_cooccurrences(quarters, mirror):
-    images = planes(2)
+def test_a_turned_or_mirrored_image_has_the_same_statistics(quarters, mirror, describe):
+    images = planes(2, 13, 11)
     turned = images.rot90(quarters, (1, 2))
     turned = turned.flip(2) if mirror else turned
-    torch.testing.assert_close(cooccurrences(turned), cooccurrences(images), atol=1e-6, rtol=0)
-    torch.testing.assert_close(cooccurrences(-turned), cooccurrences(images), atol=1e-6, rtol=0)
+    torch.testing.assert_close(describe(turned), describe(images), atol=1e-6, rtol=0)
+    if describe != cooccurrences_of_contrast:  # squares of dark and of light differ
+        torch.testing.assert_close(describe(-turned), describe(images), atol=1e-6, rtol=0)
 
 
 def test_shuffled_pixels_have_other_cooccurrences():
@@ -110,6 +117,95 @@ def test_flat_images_are_one_pattern():
     described = cooccurrences(torch.full((1, 8, 8), 3.7)).view(6, 169)
     assert (described == 1).sum(dim=1).tolist() == [1] * 6
     assert described.argmax(dim=1).tolist() == [PATTERNS.index((0, 0, 0, 0))] * 6
+
+
+# --- of contrast, and ternary patterns ----------------------------------------------------------------------
+
+
+def of_square(orders: list[list[tuple[int, int]]], values: np.ndarray) -> tuple[int, ...]:
+    """The first of what is read in several orders of places."""
+    return min(tuple(int(values[place]) for place in order) for order in orders)
+
+
+def turns(corners: list[tuple[int, int]], side: int) -> list[list[tuple[int, int]]]:
+    """Places of a square of so many a side in all eight orders in which it can be turned and mirrored."""
+    places = np.arange(side * side).reshape(side, side)
+    ways = [np.rot90(way, k) for way in (places, places.T) for k in range(4)]
+    return [[divmod(int(way[corner]), side) for corner in corners] for way in ways]
+
+
+def shares(counts: Counter, rows: int) -> list[float]:
+    """Roots of shares, the most frequent first, filled up to so many."""
+    roots = sorted((count / counts.total()) ** 0.5 for count in counts.values())[::-1]
+    return roots + [0.0] * (rows - len(roots))
+
+
+def test_contrast_is_in_units_of_the_deviation_around():
+    (image,) = planes(1, 12, 10).double().numpy()
+    padded = np.pad(image, 3, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (7, 7)).reshape(12, 10, 49)
+    contrast = (image - windows.mean(axis=2)) / (windows.std(axis=2) + 1 / 16)
+    described = cooccurrences_of_contrast(torch.from_numpy(image[None]).float())[0]
+    assert described.shape == (NUM_COOCCURRENCES_OF_CONTRAST,) == (3 * 169 + 2 * 120,)
+    runs = cooccurrences(
+        torch.from_numpy(contrast[None]), ((lambda x: x[..., 1:] - x[..., :-1], (0.25, 0.5, 1)),)
+    )
+    torch.testing.assert_close(described[:507], runs[0], atol=1e-5, rtol=0)
+    levels = np.clip(np.round(contrast / 0.6), -2, 2)
+    orders = turns([(0, 0), (0, 1), (1, 0), (1, 1)], 2)
+    for spacing, squares in zip((1, 2), described[507:].split(120), strict=True):
+        counts = Counter(
+            of_square(orders, levels[i : i + spacing + 1 : spacing, j : j + spacing + 1 : spacing])
+            for i in range(12 - spacing)
+            for j in range(10 - spacing)
+        )
+        np.testing.assert_allclose(squares.sort(descending=True)[0], shares(counts, 120), atol=1e-6)
+
+
+def test_faint_texture_has_the_contrast_of_strong():
+    strong = 8 * planes(1, 40, 40)
+    faint, wide = (
+        cooccurrences_of_contrast(x) - cooccurrences_of_contrast(strong) for x in (strong / 2, strong / 16)
+    )
+    assert faint.norm() < 0.3 * (cooccurrences(strong / 2) - cooccurrences(strong)).norm()
+    assert wide.norm() > faint.norm(), "but what is fainter than the floor is flat"
+
+
+def test_ternary_patterns_are_those_counted_one_by_one():
+    images = planes(2, 13, 11) * 2
+    described = ternary_patterns(images)
+    assert described.shape == (2, NUM_TERNARY_PATTERNS) == (2, 3 * 490)
+    ring = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0)]
+    for row, image in zip(described, images.double().numpy(), strict=True):
+        for radius, rings in zip((1, 2, 4), row.split(490), strict=True):
+            counts = Counter()
+            for i in range(radius, 13 - radius):
+                for j in range(radius, 11 - radius):
+                    around = image[i - radius :: radius, j - radius :: radius][:3, :3] - image[i, j]
+                    signs = (around > 5 / 16).astype(int) - (around < -5 / 16)
+                    both = [of_square(turns(ring, 3), signs), of_square(turns(ring, 3), -signs)]
+                    counts[min(both)] += 1
+            np.testing.assert_allclose(rings.sort(descending=True)[0], shares(counts, 490), atol=1e-6)
+
+
+def test_flat_planes_have_one_ternary_pattern_and_one_square():
+    flat = torch.full((1, 12, 12), 3.7)
+    assert (ternary_patterns(flat) == 1).sum() == 3
+    assert (cooccurrences_of_contrast(flat) == 1).sum() == 3 + 2
+
+
+@torch.no_grad()
+def test_families_are_those_that_the_config_names():
+    """In its order, each what it is alone; a checkpoint that names none has the first two."""
+    z = [latents(2, 12, 16), latents(2, 12, 8)]
+    alone = {
+        name: tiny_model(**TEXTURE, texture_families=[name])(latents=z).features for name in TEXTURE_FAMILIES
+    }
+    for names in (TEXTURE_FAMILIES, TEXTURE_FAMILIES[::-1]):
+        joined = tiny_model(**TEXTURE, texture_families=names)(latents=z).features
+        assert torch.equal(joined, torch.cat([alone[name] for name in names], dim=-1))
+    default = torch.cat([alone["cooccurrences"], alone["covariances"]], dim=-1)
+    assert torch.equal(tiny_model(**TEXTURE)(latents=z).features, default)
 
 
 # --- log covariances ----------------------------------------------------------------------------------------

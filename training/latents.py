@@ -135,6 +135,7 @@ class LatentCache:
             own = self.model.config
             facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.patch_size]
             facts += [own.sigma_normalization, own.contrast_normalization, "noise of evaluation"]
+            facts += [own.texture_families]
             base = self.model.protoleak
             weights |= {f"whitening.{k}": v for k, v in base.whitening.state_dict().items()}
             weights |= {f"plane.{k}": v for k, v in base.encoder.plane.state_dict().items()}
