@@ -23,7 +23,7 @@ def attribute(arguments: argparse.Namespace) -> int:
             print(format_row(record), flush=True)
             records.append(record)
 
-    attributor = Attributor(arguments.model, arguments.revision)
+    attributor = Attributor(arguments.model, arguments.revision, arguments.stability)
     if attributor.is_main_process:
         print(format_scope(attributor.network.config.scope_title), file=sys.stderr, flush=True)
     options = (arguments.resume, arguments.batch_size, arguments.workers)
@@ -219,6 +219,8 @@ def _attribute_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", help="write JSON lines here, as they come, instead of a table")
     command.add_argument("--resume", action="store_true", help="go on in --output, without what it has")
     command.add_argument("--table", help="also write a table at the end, .csv or .parquet")
+    what = "also tell whether each verdict holds when the image is saved again; four times the work"
+    command.add_argument("--stability", action="store_true", help=what)
     command.add_argument("--batch_size", type=int, default=16, help="images at a time")
     command.add_argument("--workers", type=int, default=2, help="threads that read images")
 

@@ -16,9 +16,8 @@ from .decoding_protoleak import MAX_PIXELS, check_bounds, from_array, is_deep, s
 from .evidence_protoleak import LEAST_SIDE, SUFFICIENT, lack_of_evidence
 from .files_protoleak import shown_name
 from .image_files_protoleak import open_encoded
-from .postprocessing_protoleak import postprocess
+from .postprocessing_protoleak import TREATMENTS, postprocess, treated_size, treated_window
 
-REENCODINGS = (("jpeg", 95), ("jpeg", 85), ("jpeg", 75), ("resize_bicubic", 0.75))
 JPEG_QUALITY = 90  # that image formats are normalised by
 NUM_CROPS = (1, 4, 9, 16)
 TIMEOUT = 20.0  # seconds to wait for a URL
@@ -257,10 +256,11 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         size = self._working_size(*image.size)
         if size != image.size:
             image = image.resize(size, self.resample)
-        crops = [
-            _reflect_pad(np.asarray(image.crop(window)), self.crop_size) for window in self._windows(*size)
-        ]
-        pixels = np.stack(crops).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        return self._stacked([image.crop(window) for window in self._windows(*size)])
+
+    def _stacked(self, crops: list[Image.Image]) -> np.ndarray:
+        arrays = [_reflect_pad(np.asarray(crop), self.crop_size) for crop in crops]
+        pixels = np.stack(arrays).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         return pixels[0] if self.num_crops == 1 else pixels
 
     def crop_boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -290,14 +290,31 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         return [(x, y, min(x + side, width), min(y + side, height)) for y in tops for x in lefts]
 
     @property
-    def reencodings(self) -> list[str]:
-        """What [`~ProtoLeakImageProcessor.reencoded`] does to an image."""
-        return [f"{name} {value:g}" for name, value in REENCODINGS]
+    def treatments(self) -> list[str]:
+        """What a verdict should survive, in words: the ways of [`~ProtoLeakImageProcessor.treated`]."""
+        return [f"{treatment} {strength:g}" for treatment, strength in TREATMENTS]
 
-    def reencoded(self, image: Any) -> list[Image.Image]:
-        """An image as it may come back from a platform, in each way of `reencodings`."""
+    def treated(self, image: Any) -> list[np.ndarray]:
+        """
+        [`~ProtoLeakImageProcessor.pixel_values`] of an image after each of the `treatments`. Where crops are
+        cut of the pixels as they are, only what they show is treated, however large the image is.
+        """
+        image, several = self.open(image), []
+        for treatment in TREATMENTS:
+            size = treated_size(image.size, *treatment)
+            if self.do_resize or self.jpeg_quality is not None:
+                several.append(self.pixel_values(treated_window(image, *treatment, (0, 0, *size))))
+            else:
+                crops = [treated_window(image, *treatment, window) for window in self._windows(*size)]
+                several.append(self._stacked(crops))
+        return several
+
+    def with_treated(self, image: Any) -> BatchFeature:
+        """As [`~ProtoLeakImageProcessor.preprocess`] an image, then the same image after each treatment."""
         image = self.open(image)
-        return [postprocess(image, name, value) for name, value in REENCODINGS]
+        several = [self.pixel_values(image), *self.treated(image)]
+        lacks = np.full(len(several), self.lack_of_evidence(image))
+        return BatchFeature({"pixel_values": stack_crops(several), "no_evidence": lacks}, tensor_type="pt")
 
     def to_dict(self) -> dict[str, Any]:
         name, values = type(self).__name__, super().to_dict()

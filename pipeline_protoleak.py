@@ -26,7 +26,8 @@ RECORD_FIELDS = (
     "verdict", "origin", "label", "score", "is_unknown", "p_value", "generated_p_value", "open_set_score",
     "prediction_set", "ruled_out", "attributions", "scope",
 )  # fmt: skip
-VERDICT_OPTIONS = ("alpha", "camera_alpha", "top_k")
+BEFORE = ("timeout", "stability", "explain")  # what the pipeline takes, for inputs, and for records
+AFTER = ("explain", "alpha", "camera_alpha", "top_k")
 FACTS = ("no_evidence", "image_size")  # of images, which pass the model by
 
 
@@ -164,9 +165,9 @@ class ImageAttributionPipeline(Pipeline):
     see [`attribution_record`]; or several (a list, a tuple, a column of a data set), and returns a list of
     records. `timeout=` is how many seconds a URL may take, `top_k=` how many classes a record's attributions
     have at most; `alpha=` and `camera_alpha=` override the config's levels of the verdict. With
-    `explain=True` a record also has `explanation`: what [`ProtoLeakForImageAttribution.explain`] tells, and
-    `stability`, the verdict on the image after each of the processor's `REENCODINGS`, with how many of how
-    many agree; each image is then run alone with these.
+    `stability=True` a record also has `stability`, see [`with_stability`], and with `explain=True` besides
+    `explanation`: what [`ProtoLeakForImageAttribution.explain`] tells, and `treatments`, the verdict on the
+    image after each of the processor's; each image is then run alone with these.
     """
 
     _load_processor = False
@@ -183,38 +184,37 @@ class ImageAttributionPipeline(Pipeline):
             )
 
     def _sanitize_parameters(self, **options: Any):
-        if unknown := set(options) - {"explain", "timeout", *VERDICT_OPTIONS}:
+        allowed = dict.fromkeys((*BEFORE, *AFTER))
+        if unknown := set(options) - set(allowed):
             raise ValueError(
-                f"the {TASK} pipeline takes {', '.join(VERDICT_OPTIONS)}, timeout and explain besides the "
-                f"inputs; got {sorted(unknown)}"
+                f"the {TASK} pipeline takes {', '.join(allowed)} besides the inputs; got {sorted(unknown)}"
             )
         options = {name: value for name, value in options.items() if value is not None}
         check_options(options)
-        before = {name: options[name] for name in ("explain", "timeout") if name in options}
-        options.pop("timeout", None)
-        return before, {}, options
+        before = {name: options[name] for name in BEFORE if name in options}
+        return before, {}, {name: value for name, value in options.items() if name in AFTER}
 
     def __call__(self, inputs: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Attribute one image, or a list of images."""
         several = self.image_processor.several(inputs)
         if several is not None and not len(several):
             return []
-        if kwargs.get("explain", self._preprocess_params.get("explain")):
-            kwargs["batch_size"] = 1  # of one image and its re-encodings
+        if any(kwargs.get(name, self._preprocess_params.get(name)) for name in ("stability", "explain")):
+            kwargs["batch_size"] = 1  # of one image and what it is after each treatment
         if several is None or isinstance(several, list):
             return super().__call__(inputs if several is None else several, **kwargs)
         return list(super().__call__((image for image in several), **kwargs))  # opened one after another
 
-    def preprocess(self, image: Any, explain: bool = False, **timeout: float) -> dict[str, Any]:
+    def preprocess(
+        self, image: Any, explain: bool = False, stability: bool = False, **timeout: float
+    ) -> dict[str, Any]:
         image = self.image_processor.open(image, **timeout)
-        images, size = [image], {}
-        if explain:
-            size = {"image_size": image.size}
-            images += self.image_processor.reencoded(image)
-        inputs = self.image_processor(images, return_tensors="pt")
-        pixel_values, facts = inputs["pixel_values"], {"no_evidence": inputs["no_evidence"]} | size
+        treat = explain or stability
+        inputs = self.image_processor.with_treated(image) if treat else self.image_processor(image)
+        pixel_values, facts = inputs["pixel_values"], {"no_evidence": inputs["no_evidence"]}
         # transformers fills tensors of different lengths up with zeros, but for those named "pixel_values"
-        return {"pixel_values" if pixel_values.ndim == 4 else "crops": pixel_values} | facts
+        name = "pixel_values" if pixel_values.ndim == 4 else "crops"
+        return {name: pixel_values} | facts | ({"image_size": image.size} if treat else {})
 
     def _forward(self, model_inputs: dict[str, Any]):
         facts = {name: model_inputs.pop(name) for name in FACTS if name in model_inputs}
@@ -226,16 +226,20 @@ class ImageAttributionPipeline(Pipeline):
 
     def postprocess(self, model_outputs, explain: bool = False, **options: Any) -> dict[str, Any]:
         record, *others = records_of(model_outputs, self.model.config, **options)
+        record = with_stability(record, others) if others else record
         if explain:
             boxes = self.image_processor.crop_boxes(*model_outputs["image_size"])
             crop_boxes = [boxes] * len(model_outputs["logits"])
             record["explanation"] = self.model.explain(model_outputs, crop_boxes=crop_boxes)[0]
-            record["explanation"]["stability"] = stability(record, self.image_processor.reencodings, others)
+            record["explanation"]["treatments"] = [
+                {"treatment": treatment, "verdict": other["verdict"], "kept": is_kept(record, other)}
+                for treatment, other in zip(self.image_processor.treatments, others, strict=True)
+            ]
         return record
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise `ValueError` unless `timeout` and what of `VERDICT_OPTIONS` is given are in their range."""
+    """Raise `ValueError` unless what is given of `timeout`, the levels and `top_k` is in its range."""
     timeout = options.get("timeout")
     if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
         raise ValueError(f"timeout must be a number of seconds above 0; got timeout={timeout!r}")
@@ -293,11 +297,28 @@ def records_of(
     return [record | {"attributions": record["attributions"][:top_k]} for record in records]
 
 
-def stability(record: dict[str, Any], treatments: list[str], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many records of an image after these treatments have the same verdict: `agreeing` of `count`."""
-    verdicts = [{"treatment": t, "label": o["label"]} for t, o in zip(treatments, others, strict=True)]
-    agreeing = sum(verdict["label"] == record["label"] for verdict in verdicts)
-    return {"agreeing": agreeing, "count": len(verdicts), "verdicts": verdicts}
+def with_stability(record: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    A record with `stability`: after how many treatments of the image its verdict is `kept`, `of` how many.
+    Where it is not kept after all of them, the verdict says so.
+
+    Args:
+        others (`list[dict]`): The records of the same image after each treatment.
+    """
+    kept, of = sum(is_kept(record, other) for other in others), len(others)
+    doubt = f"; but it changes when the image is saved again (kept {kept} of {of} times)"
+    verdict = record["verdict"] + (doubt if kept < of else "")
+    return record | {"verdict": verdict, "stability": {"kept": kept, "of": of}}
+
+
+def is_kept(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    """
+    Whether another record tells the same: the origin, whether the image is unknown, and, if not, that the
+    likeliest class fits.
+    """
+    same = all(record[name] == other[name] for name in ("origin", "is_unknown"))
+    fitting = [other["label"], *(other["prediction_set"] or [])]
+    return same and (record["is_unknown"] or record["label"] in fitting)
 
 
 if TASK not in PIPELINE_REGISTRY.get_supported_tasks():

@@ -14,7 +14,7 @@ Resampling = Image.Resampling
 
 
 def _reencode(kind: str) -> Callable:
-    def apply(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
+    def apply(image: Image.Image, quality: float, rng: np.random.Generator | None) -> Image.Image:
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=int(quality))
         return Image.open(buffer).convert("RGB")
@@ -118,8 +118,9 @@ def postprocess(image: Image.Image, operator: str, strength: float | None = None
         raise ValueError(f"operator must be one of {[*OPERATORS, *CHAINS]}; got {operator!r}")
     if operator in OPERATORS and strength is None:
         raise ValueError(f"{operator!r} needs a strength, such as {OPERATORS[operator][1]}")
-    digest = hashlib.sha256(image.tobytes() + f"{image.size} {operator} {strength} {seed}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    digest = hashlib.sha256(image.tobytes())
+    digest.update(f"{image.size} {operator} {strength} {seed}".encode())
+    rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "big"))
     steps = [(operator, strength)]
     if operator in CHAINS:
         names = rng.choice(list(OPERATORS), CHAINS[operator], replace=False)
@@ -129,4 +130,40 @@ def postprocess(image: Image.Image, operator: str, strength: float | None = None
     return image
 
 
-__all__ = ["CHAINS", "OPERATORS", "postprocess"]
+# --- an image that is saved again ---------------------------------------------------------------------------
+
+# what a verdict should survive: JPEG by its quality, and a reduction by its factor
+TREATMENTS = (("JPEG", 85), ("JPEG", 60), ("reduction", 0.75))
+JPEG_BLOCK = 16  # the pixels that JPEG codes together, with their colours at half the resolution
+
+
+def treated_size(size: tuple[int, int], treatment: str, strength: float) -> tuple[int, int]:
+    """Width and height of an image after one of `TREATMENTS`."""
+    return tuple(max(1, round(strength * n)) for n in size) if treatment == "reduction" else size
+
+
+def treated_window(
+    image: Image.Image, treatment: str, strength: float, window: tuple[int, int, int, int]
+) -> Image.Image:
+    """
+    What a window of an image shows after one of `TREATMENTS`, without treating the rest of it, which may be
+    large: nothing that is further away than a block has a part in it.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        window (`tuple[int, int, int, int]`): Left, top, right and bottom, in the treated image.
+    """
+    left, top, right, bottom = window
+    width, height = image.size
+    if treatment == "reduction":
+        reduced = treated_size(image.size, treatment, strength)
+        wide, high = width / reduced[0], height / reduced[1]
+        box = (left * wide, top * high, min(right * wide, width), min(bottom * high, height))
+        return image.resize((right - left, bottom - top), Resampling.BICUBIC, box=box)
+    x, y = (max(0, n // JPEG_BLOCK - 1) * JPEG_BLOCK for n in (left, top))
+    end_x, end_y = ((n // JPEG_BLOCK + 2) * JPEG_BLOCK for n in (right, bottom))
+    part = image.crop((x, y, min(end_x, width), min(end_y, height)))
+    return _reencode(treatment)(part, strength, None).crop((left - x, top - y, right - x, bottom - y))
+
+
+__all__ = ["CHAINS", "OPERATORS", "TREATMENTS", "postprocess", "treated_size", "treated_window"]

@@ -63,7 +63,7 @@ class Examiner:
         """
         row, image = self.attributor.open(Path(file))
         if image is None:
-            return dict.fromkeys((*RECORD_FIELDS, "explanation", "contradiction")) | row
+            return dict.fromkeys((*RECORD_FIELDS, "stability", "explanation", "contradiction")) | row
         record = self.pipeline(image, explain=True) | row
         return record | {"contradiction": contradiction(record["origin"], record["provenance"])}
 
@@ -190,7 +190,7 @@ def reasons_in_words(record: dict[str, Any]) -> list[str]:
             f"{place['count']} known images that calibrate it; "
             f"below {place['threshold']:.2f} it would be unknown"
         )
-    lines.append(_stability_in_words(reason["stability"], record["label"]))
+    lines.append(_stability_in_words(record["stability"], reason["treatments"]))
     return lines
 
 
@@ -211,10 +211,12 @@ def _contributions_in_words(contributions: dict[str, Any]) -> str:
     )
 
 
-def _stability_in_words(stability: dict[str, Any], label: str) -> str:
-    line = f"verdict kept after {stability['agreeing']} of {stability['count']} re-encodings"
-    changed = [f"{v['treatment']}: {v['label']}" for v in stability["verdicts"] if v["label"] != label]
-    return f"{line} ({'; '.join(changed)})" if changed else line
+def _stability_in_words(stability: dict[str, int], treatments: list[dict[str, Any]]) -> str:
+    """How often the verdict was kept, and what it was where it was not."""
+    changed = "; ".join(f"{t['treatment']}: {t['verdict']}" for t in treatments if not t["kept"])
+    ways = ", ".join(t["treatment"] for t in treatments)
+    line = f"saved again ({ways}), the verdict is kept {stability['kept']} of {stability['of']} times"
+    return f"{line}; {changed}" if changed else line
 
 
 def _counted(examples: list[dict[str, Any]]) -> list[str]:

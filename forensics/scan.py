@@ -30,7 +30,7 @@ from ..files_protoleak import read_file, shown_name, write_whole
 from ..image_files_protoleak import find_images
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
-from ..pipeline_protoleak import RECORD_FIELDS, records_of
+from ..pipeline_protoleak import RECORD_FIELDS, records_of, with_stability
 from .provenance import contradiction, read_provenance
 
 if TYPE_CHECKING:
@@ -58,13 +58,14 @@ class Attributor:
     Args:
         model (`str`): Checkpoint folder or Hub id.
         revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        stability (`bool`): Whether [`~Attributor.records`] also tell how stable verdicts are.
     """
 
-    def __init__(self, model: str, revision: str | None = None):
+    def __init__(self, model: str, revision: str | None = None, stability: bool = False):
         hub = {"revision": revision or "main"}
         self.network = ProtoLeakForImageAttribution.from_pretrained(model, **hub).eval()
         self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
-        self.name, self.revision = str(model), revision
+        self.name, self.revision, self.stability = str(model), revision, stability
         self.network.drop_decoder()
         self.network.to(PartialState().device)
         self.weights = weight_digests(model, **hub)
@@ -105,15 +106,20 @@ class Attributor:
 
     def read(
         self, file: "Path | Row", done: Collection[tuple[str, str]] = ()
-    ) -> tuple[dict[str, Any], tuple[np.ndarray, int] | None]:
-        """As [`~Attributor.open`], with the image's pixel values and what it lacks in its place."""
+    ) -> tuple[dict[str, Any], list[tuple[np.ndarray, int]]]:
+        """
+        As [`~Attributor.open`], with the image's pixel values and what it lacks in its place, and with
+        `stability` the same of the image after each treatment; none without an image.
+        """
         row, image = self.open(file, done)
         try:
             if image is None:
-                return row, None
-            return row, (self.processor.pixel_values(image), self.processor.lack_of_evidence(image))
+                return row, []
+            lack = self.processor.lack_of_evidence(image)
+            treated = self.processor.treated(image) if self.stability else []
+            return row, [(values, lack) for values in [self.processor.pixel_values(image), *treated]]
         except (OSError, ValueError, MemoryError) as error:
-            return row | {"error": str(error) or type(error).__name__}, None
+            return row | {"error": str(error) or type(error).__name__}, []
 
     @torch.inference_mode()
     def records(
@@ -130,7 +136,8 @@ class Attributor:
         - provenance: what the file says of itself, see `provenance.py`;
         - contradiction: where that contradicts the verdict, in words;
         - model, revision, model_sha256 (of the digests of its files), noise_seed, timesteps;
-        - error: `None`, or why the file could not be read; the other values are `None` then.
+        - error: `None`, or why the file could not be read; the other values are `None` then;
+        - stability, where it was asked for, see [`with_stability`].
 
         Args:
             files: Images, paths or rows of a data set.
@@ -140,18 +147,25 @@ class Attributor:
         """
         read = prefetched(partial(self.read, done=done), files, workers, ahead=2 * batch_size)
         while batch := list(islice(read, batch_size)):
-            pixels = [values for _, values in batch if values is not None]
+            pixels = [values for _, several in batch for values in several]
             verdicts: Iterator[dict[str, Any]] = iter(())
             if pixels:
                 crops, lacks = zip(*pixels, strict=True)
                 pixel_values = torch.from_numpy(stack_crops(crops)).to(self.network.device)
                 output = self.network(pixel_values, return_dict=True)
                 verdicts = iter(records_of(output, self.network.config, no_evidence=lacks))
-            for row, values in batch:
-                if values is None and row["error"] is None:
+            for row, several in batch:
+                if not several and row["error"] is None:
                     continue
-                record = (dict.fromkeys(RECORD_FIELDS) if values is None else next(verdicts)) | row
+                record = (self._stable(*islice(verdicts, len(several))) if several else self._blank()) | row
                 yield record | {"contradiction": contradiction(record["origin"], record["provenance"])}
+
+    def _stable(self, record: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+        return with_stability(record, list(others)) if others else record
+
+    def _blank(self) -> dict[str, Any]:
+        """The verdict on what could not be read."""
+        return dict.fromkeys((*RECORD_FIELDS, "stability") if self.stability else RECORD_FIELDS)
 
 
 def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
@@ -219,7 +233,7 @@ def scan(
     state = PartialState()
     target = Path(output) if output else None
     if target and state.is_main_process:
-        _prepare(target, resume, attributor.facts)
+        _prepare(target, resume, attributor)
     state.wait_for_everyone()
     done = _done(target) if target and resume else set()
     mine = _share(paths, state.process_index, state.num_processes)
@@ -284,7 +298,7 @@ def _rows(rows: "Dataset | IterableDataset", name: Callable[[int], str]) -> "Ite
         yield Row(label, content if content is not None else Path(path).read_bytes())
 
 
-def _prepare(target: Path, resume: bool, facts: dict[str, Any]) -> None:
+def _prepare(target: Path, resume: bool, attributor: Attributor) -> None:
     """Refuse to overwrite; keep what a stopped run left, up to its last whole line, of all processes."""
     parts = sorted(target.parent.glob(f"{target.name}.part*"))
     if not resume and (target.exists() or parts):
@@ -294,10 +308,13 @@ def _prepare(target: Path, resume: bool, facts: dict[str, Any]) -> None:
         return
     records = [record for path in [target, *parts] if path.exists() for record in read_records(path)]
     for record in records:
-        if record.get("model_sha256") != facts["model_sha256"]:
+        if record.get("model_sha256") != attributor.facts["model_sha256"]:
             raise ValueError(
                 f"{target} was written by another model ({record.get('model')}); name another file"
             )
+        if ("stability" in record) != attributor.stability:
+            how = "without" if attributor.stability else "with"
+            raise ValueError(f"{target} was written {how} --stability; go on so, or name another file")
     _write_lines(target, [record for record in records if record["error"] is None])
     for part in parts:
         part.unlink()
@@ -380,6 +397,8 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     row["ruled_out"] = ", ".join(record["ruled_out"] or [])
     row["provenance"] = json.dumps(record["provenance"])
     row["timesteps"] = " ".join(map(str, record["timesteps"]))
+    if stability := record.get("stability"):
+        row["stability"] = f"{stability['kept']} of {stability['of']}"
     return row | {f"p({a['label']})": a["score"] for a in record["attributions"] or []}
 
 

@@ -1,6 +1,7 @@
 """Reasons, provenance, report and figures."""
 
 import html
+import io
 import json
 import math
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from protoleak import ImageAttributionPipeline
+from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
 from protoleak.cli import format_row, main
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import Evaluation, evaluate_splits
@@ -100,16 +101,26 @@ def test_the_place_among_the_known_is_that_of_the_verdict(fitted_model):
     assert place["rank"] == pytest.approx(float((calibration < output.open_set_score[0]).double().mean()))
 
 
-def test_the_pipeline_explains_and_counts_agreement(fitted_model, processor, photo):
+def test_the_pipeline_explains_and_tells_what_the_verdict_is_after_each_treatment(fitted_model, photo):
+    processor = ProtoLeakImageProcessor(crop_size=32, do_resize=False, num_crops=4)
     attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
     plain, (told, _) = attribute(photo), attribute([photo, photo], explain=True, batch_size=2)
-    assert "explanation" not in plain
-    assert told["label"] == plain["label"]
-    assert told["p_value"] == pytest.approx(plain["p_value"])
-    stability = told["explanation"]["stability"]
-    treated = [attribute(other)["label"] for other in processor.reencoded(photo)]
-    assert [verdict["label"] for verdict in stability["verdicts"]] == treated
-    assert (stability["agreeing"], stability["count"]) == (treated.count(told["label"]), 4)
+    assert {"explanation", "stability"}.isdisjoint(plain)
+    assert (told["label"], told["p_value"]) == (plain["label"], pytest.approx(plain["p_value"]))
+    photo.save(jpeg := io.BytesIO(), "JPEG", quality=60)
+    smaller = photo.resize((36, 30), Image.Resampling.BICUBIC)
+    expected = [attribute(jpeg.getvalue())["verdict"], attribute(smaller)["verdict"]]
+    treatments = told["explanation"]["treatments"]
+    assert (
+        [t["treatment"] for t in treatments]
+        == processor.treatments
+        == ["JPEG 85", "JPEG 60", "reduction 0.75"]
+    )
+    assert [t["verdict"] for t in treatments][1:] == expected
+    assert told["stability"] == {"kept": sum(t["kept"] for t in treatments), "of": 3}
+    cheap = attribute(photo, stability=True)
+    assert (cheap["stability"], cheap["verdict"]) == (told["stability"], told["verdict"])
+    assert "explanation" not in cheap
 
 
 def test_thumbnails_are_kept_with_the_checkpoint_within_their_room(fitted_model, tmp_path):
@@ -157,7 +168,7 @@ def test_a_report_tells_all_that_is_needed_to_repeat_it(checkpoint, image, tmp_p
     assert "0.300\n      (0.200 to 0.400)" in page
     assert "sources that training did not see" in page
     assert {"torch", "transformers", "protoleak", "python"} <= set(about["versions"])
-    assert record["explanation"]["stability"]["count"] == 4
+    assert record["stability"]["of"] == len(record["explanation"]["treatments"]) == 3
     assert len(record["sha256"]) == 64
 
 
@@ -261,7 +272,7 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
     (tmp_path / "bad.png").write_text("no image")
     assert main(["explain", str(tmp_path / "bad.png"), str(image), "--model", str(checkpoint)]) == 1
     printed = capsys.readouterr().out
-    for words in ("could not be examined", "attention over timesteps", "re-encodings", "open-set score"):
+    for words in ("could not be examined", "attention over timesteps", "saved again", "open-set score"):
         assert words in printed
     assert "what was looked at: " in printed
 

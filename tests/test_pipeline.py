@@ -17,7 +17,14 @@ from protoleak import (
 )
 from protoleak.checkpoint_protoleak import make_scheduler
 from protoleak.cli import main
-from protoleak.pipeline_protoleak import RECORD_FIELDS, attribution_record, verdict_sentence
+from protoleak.pipeline_protoleak import (
+    RECORD_FIELDS,
+    attribution_record,
+    is_kept,
+    verdict_sentence,
+    with_stability,
+    without_evidence,
+)
 from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
@@ -120,6 +127,29 @@ def test_many_classes_are_counted_rather_than_named():
     assert record["verdict"] == DOUBT + "5 of 5 classes fit"
     record = attribution_record(probabilities, ["e", *labels[1:]], 0.0, 0.4, of_class, None, 0.05, 0.01)
     assert record["verdict"] == "one of 4 known classes"
+
+
+def test_a_verdict_that_does_not_hold_says_so():
+    kept = record_of([0.05, 0.5, 0.01], labels=LABELS)
+    assert kept["verdict"] == "generated, by a"
+    wider = record_of([0.05, 0.5, 0.5], labels=LABELS)  # a or b: a still fits
+    camera = record_of([0.01, 0.5, 0.01], 0.4, 0.005, REAL_FIRST)
+    unknown = record_of([0.05, 0.5, 0.01], p_value=0.05, labels=LABELS)
+    other = record_of([0.05, 0.5, 0.01], labels=["real", "b", "a"])
+    assert [is_kept(kept, r) for r in (kept, wider, camera, unknown, other)] == [True, True, *[False] * 3]
+    assert is_kept(unknown, unknown)
+    assert not is_kept(unknown, kept)
+    stable = with_stability(kept, [kept, wider])
+    assert (stable["verdict"], stable["stability"]) == (kept["verdict"], {"kept": 2, "of": 2})
+    shaken = with_stability(kept, [kept, wider, other])
+    assert shaken["stability"] == {"kept": 2, "of": 3}
+    assert shaken["verdict"] == (
+        "generated, by a; but it changes when the image is saved again (kept 2 of 3 times)"
+    )
+    flat = without_evidence(kept, 2)
+    assert with_stability(flat, [flat])["verdict"] == "no evidence: the picture is flat or too smooth"
+    bare = record_of(None, None, None)
+    assert with_stability(bare, [bare])["stability"] == {"kept": 1, "of": 1}
 
 
 def test_the_pipeline_gives_the_models_numbers(fitted_model, processor, photo):
@@ -385,6 +415,24 @@ def test_attribute_prints_a_table(checkpoint, images, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0.png", "2.png"]
     assert all("p(known)" in line for line in lines)
+
+
+def test_attribute_tells_stability_when_asked(checkpoint, images, tmp_path, capsys):
+    output, table = tmp_path / "records.jsonl", tmp_path / "records.csv"
+    command = ["attribute", str(images), "--model", str(checkpoint), "--output", str(output)]
+    assert main([*command, "--stability", "--table", str(table)]) == 1
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["stability"] is None for r in records] == [r["error"] is not None for r in records]
+    attribute = pipeline("image-attribution", model=str(checkpoint), trust_remote_code=True)
+    assert len(records) == 10
+    for record in records[:3]:
+        alone = attribute(record["file"], stability=True)
+        assert (record["stability"], record["verdict"]) == (alone["stability"], alone["verdict"])
+    held = records[0]["stability"]
+    assert f"{held['kept']} of 3" in table.read_text()
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    assert "written with --stability" in capsys.readouterr().err
 
 
 def test_attribute_explains_what_is_missing(checkpoint, tmp_path, capsys):

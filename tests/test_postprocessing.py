@@ -1,7 +1,16 @@
+import io
+
 import numpy as np
 import pytest
-from PIL import Image
-from protoleak.postprocessing_protoleak import CHAINS, OPERATORS, postprocess
+from PIL import Image, ImageFilter
+from protoleak.postprocessing_protoleak import (
+    CHAINS,
+    OPERATORS,
+    TREATMENTS,
+    postprocess,
+    treated_size,
+    treated_window,
+)
 
 CASES = [(name, strength) for name, (_, strengths) in OPERATORS.items() for strength in strengths]
 
@@ -51,3 +60,25 @@ def test_bad_arguments_are_named(photo):
         postprocess(photo, "jepg", 5)
     with pytest.raises(ValueError, match="'jpeg' needs a strength"):
         postprocess(photo, "jpeg")
+
+
+@pytest.mark.parametrize(("treatment", "strength"), TREATMENTS)
+@pytest.mark.parametrize("size", [(301, 217), (64, 80), (33, 7), (1, 1)])
+def test_a_treated_window_is_that_of_the_whole_image_treated(size, treatment, strength):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(1))
+    whole = treated_window(image, treatment, strength, (0, 0, *(treated_size(size, treatment, strength))))
+    if treatment == "JPEG":
+        image.save(buffer := io.BytesIO(), "JPEG", quality=strength)
+        assert np.array_equal(whole, Image.open(buffer))
+    else:
+        assert np.array_equal(whole, image.resize(whole.size, Image.Resampling.BICUBIC))
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        left, top = (int(rng.integers(n)) for n in whole.size)
+        right, bottom = int(rng.integers(left, whole.width)) + 1, int(rng.integers(top, whole.height)) + 1
+        window = (left, top, right, bottom)
+        part = treated_window(image, treatment, strength, window)
+        assert part.size == (window[2] - left, window[3] - top)
+        difference = np.asarray(part, int) - np.asarray(whole.crop(window), int)
+        assert np.abs(difference).max() <= (treatment == "reduction"), "of resizing by fractions of a pixel"
