@@ -53,6 +53,7 @@ from protoleak.training.state import STATE_FOLDER
 from protoleak.training.views import EncodedSplits, encode_splits
 from transformers import HfArgumentParser
 
+logger = logging.getLogger("protoleak.train")
 ORIGIN_COLUMNS = {"source", "path", "sha256_16"}  # with all of these an image can be named without showing it
 
 
@@ -188,7 +189,8 @@ def save(
         base_model=hub_id(arguments.model_name_or_path),
         datasets=list(filter(None, map(hub_id, arguments.dataset_name))),
     )
-    write_card(folder, model, origin, arguments.command, summary, hub)
+    if write_card(folder, model, origin, arguments.command, summary, hub) and not hub.license:
+        logger.info("the card names no licence of the weights; --license says which")
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
 
 
