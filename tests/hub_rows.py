@@ -67,6 +67,12 @@ def trust_is_asked_for(task: dict) -> None:
     fails(ValueError, "trust_remote_code=True", DiffusionPipeline.from_pretrained, task["local"])
 
 
+def a_task_that_is_misspelt(task: dict) -> None:
+    from transformers import pipeline
+
+    fails(KeyError, "image-atribution", pipeline, "image-atribution", model=task["local"], **TRUST)
+
+
 def two_revisions_in_one_process(task: dict) -> None:
     for revision in ("v1", "main", "v1"):
         Path(os.environ["CODE_THAT_RAN"]).write_text("")
@@ -291,6 +297,7 @@ def a_push_of_the_transformers_pipeline(task: dict) -> None:
 ROWS = {
     "load with torch, transformers and diffusers alone": nothing_more_is_installed,
     "load without trust": trust_is_asked_for,
+    "a task that is misspelt": a_task_that_is_misspelt,
     "two revisions in one process": two_revisions_in_one_process,
     "a branch that moves between loading and use": a_branch_that_moves_meanwhile,
     "a relative folder, used from another": a_relative_folder_and_another_working_directory,

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,7 +23,6 @@ from protoleak.pipeline_protoleak import (
     with_stability,
     without_evidence,
 )
-from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
 
@@ -325,34 +322,6 @@ def test_a_model_may_give_tuples_by_its_config(checkpoint, photo, processor):
         ImageAttributionPipeline(model=m, image_processor=processor)(photo) for m in (model, of_tuples)
     ]
     assert records[0] == records[1]
-
-
-SNIPPET = """
-import json, sys
-from transformers import pipeline
-print(json.dumps(pipeline("image-attribution", model=sys.argv[1], trust_remote_code=True)(sys.argv[2])))
-"""
-
-
-def test_transformers_loads_it_from_a_folder_without_the_package(checkpoint, images, tmp_path):
-    """
-    In a fresh process, offline, and from a directory where `protoleak` is reached only through the
-    checkpoint.
-    """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    image = images / "0.png"
-    run = subprocess.run(
-        [sys.executable, "-c", SNIPPET, checkpoint, image],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    expected = pipeline("image-attribution", model=str(checkpoint), trust_remote_code=True)(str(image))
-    assert found["label"] == expected["label"]
-    assert found["open_set_score"] == pytest.approx(expected["open_set_score"], abs=1e-5)
 
 
 # --- the command --------------------------------------------------------------------------------------------
