@@ -25,7 +25,6 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub import HfApi
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.calibration_protoleak import CrossFitted
 from protoleak.evaluation.predictions import predict
@@ -49,6 +48,7 @@ from protoleak.training.initialisation import (
 )
 from protoleak.training.latents import LatentCache
 from protoleak.training.loop import fit
+from protoleak.training.publishing import prepare_repository, publish
 from protoleak.training.state import STATE_FOLDER
 from protoleak.training.views import EncodedSplits, encode_splits
 from transformers import HfArgumentParser
@@ -66,6 +66,8 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
         vae (`torch.nn.Module`, *optional*): The autoencoder, instead of the one that `arguments` name.
     """
     accelerator, seconds = start_accelerator(arguments), {}
+    if arguments.push_to_hub and accelerator.is_main_process:
+        prepare_repository(arguments.push_to_hub, arguments.private)
     with timed("encoding", seconds):
         splits, names = load_data(arguments)
         faults = look_for_faults(splits["train"], arguments.normalise_format)
@@ -93,7 +95,8 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     if accelerator.is_main_process:
         save(model, processor, summary, arguments)
-        publish(arguments)
+        if arguments.push_to_hub:
+            publish(arguments.output_dir, arguments.push_to_hub, arguments.private)
     accelerator.end_training()
     return summary
 
@@ -192,14 +195,6 @@ def save(
     if write_card(folder, model, origin, arguments.command, summary, hub) and not hub.license:
         logger.info("the card names no licence of the weights; --license says which")
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
-
-
-def publish(arguments: TrainingArguments) -> None:
-    """Upload the checkpoint, where `push_to_hub` names a repository."""
-    if arguments.push_to_hub:
-        hub = HfApi()
-        hub.create_repo(arguments.push_to_hub, exist_ok=True)
-        hub.upload_folder(repo_id=arguments.push_to_hub, folder_path=arguments.output_dir)
 
 
 def main() -> None:

@@ -106,6 +106,9 @@ class TrainingArguments:
     push_to_hub: str | None = field(
         default=None, metadata={"help": "Hub id that the finished checkpoint is uploaded to."}
     )
+    private: bool = field(
+        default=False, metadata={"help": "Make that repository a private one, if there is none yet."}
+    )
     seed: int = field(default=0, metadata={"help": "Fixes initial weights, batches and noise."})
 
     @property
