@@ -75,19 +75,17 @@ class CheckpointMixin:
         Hold `vae`, and take over the noise schedule of `scheduler`. Where one of them can't be used, or the
         detector wasn't fitted with them, it is a `ValueError`, and all stays as it was.
         """
-        before = self.vae, make_scheduler(self.config)
+        vae_before, scheduler_before = self.vae, make_scheduler(self.config)
         try:
-            self._take_components(vae, scheduler)
+            if vae is not self.vae:
+                self.attach_vae(vae)
+            self.base_model.set_scheduler(scheduler)
             if self.detector is not None:
                 self.check_detector(self.detector)
         except ValueError:
-            self._take_components(*before)
+            vars(self.base_model)["_vae"] = vae_before
+            self.base_model.set_scheduler(scheduler_before)
             raise
-
-    def _take_components(self, vae: nn.Module, scheduler) -> None:
-        if vae is not self.vae:
-            self.attach_vae(vae)
-        self.base_model.set_scheduler(scheduler)
 
     def drop_decoder(self) -> None:
         """Free the half of the VAE's memory that attribution never needs; the model can't be saved then."""

@@ -131,9 +131,10 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As [`DiffusionPipeline.from_pipe`]; of another kind of pipeline with `attribution_model=`."""
-        if kwargs.get("attribution_model", getattr(pipeline, "attribution_model", None)) is None:
-            raise ValueError(f"{type(pipeline).__name__} has no attribution_model; pass attribution_model=")
+        """As [`DiffusionPipeline.from_pipe`]; what another kind of pipeline doesn't have, is to be passed."""
+        for name in ("attribution_model", "image_processor"):  # no code of where it is from is run for them
+            if kwargs.get(name, getattr(pipeline, name, None)) is None:
+                raise ValueError(f"{type(pipeline).__name__} has no {name}; pass {name}=")
         return super().from_pipe(pipeline, **kwargs)
 
     def register_to_config(self, **kwargs) -> None:

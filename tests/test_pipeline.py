@@ -23,6 +23,7 @@ from protoleak.pipeline_protoleak import (
     with_stability,
     without_evidence,
 )
+from transformers import pipeline
 
 from .conftest import LABELS, fit_random_detector, tiny_model
 

@@ -23,8 +23,8 @@ def prepare_repository(repo_id: str, private: bool) -> None:
         hub.create_repo(repo_id, private=private, exist_ok=True)
     except Exception as error:  # no token, no network, a misspelt id: each of a kind of its own
         raise OSError(
-            f"nothing could be pushed to {repo_id!r}: {error}; log in with `hf auth login`, name a repository "
-            f"like you/your-model, or train without --push_to_hub"
+            f"nothing could be pushed to {repo_id!r}: {error}; log in with `hf auth login`, name a "
+            f"repository like you/your-model, or train without --push_to_hub"
         ) from error
 
 
