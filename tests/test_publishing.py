@@ -1,12 +1,14 @@
 """What is uploaded, and what is said when it can't be."""
 
 import subprocess
+import tomllib
 
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from protoleak.train import train
+from protoleak.training.card import NEEDED
 from protoleak.training.publishing import prepare_repository, publish
 
 from . import ROOT
@@ -83,6 +85,16 @@ def test_an_upload_that_fails_loses_nothing(hub, monkeypatch):
     command = r"hf upload you/mine 'runs/my model' \. --private"
     with pytest.raises(OSError, match=rf"is in runs/my model, but .*it broke.*\n  {command}"):
         publish("runs/my model", "you/mine", private=True)
+
+
+def test_cards_ask_for_what_loading_needs():
+    """In the versions of pyproject.toml, before anything else that they say."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(NEEDED) <= set(needed)
+    line = "pip install " + " ".join(f'"{package}"' for package in NEEDED)
+    assert line in (ROOT / "README.md").read_text()
+    template = (ROOT / "model_card.md").read_text()
+    assert template.index("pip install {{ install }}") < template.index("```python") < template.index("scope")
 
 
 def test_large_files_go_to_lfs():

@@ -14,7 +14,7 @@ from ..evaluation.report import TITLES, format_bias_sentence, format_report
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 MARK = "Rendered by protoleak from model_card.md."
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "scikit-learn")
-NEEDED = ("torch", "transformers", "diffusers", "scikit-learn", "scipy", "pillow")  # to load it
+NEEDED = ("torch>=2.13", "transformers>=5.23,<6", "diffusers>=0.42,<0.43", "pillow>=12.3")  # to load it
 OF_FOLDER = "imagefolder"  # what the Hub's cards call the type of a data set that is not on it
 HUB_METRICS = {
     "accuracy": "accuracy",
@@ -74,7 +74,7 @@ def write_card(
         command=command,
         labels=config.label_names,
         vae=type(model.vae).__name__,
-        install=" ".join(f'"{name}>={_version(name)}"' for name in NEEDED),
+        install=" ".join(f'"{package}"' for package in NEEDED),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
         **{name: getattr(config, name) for name in ("num_prototypes", "alpha", "open_set_title")},
@@ -90,11 +90,6 @@ def write_card(
     )
     card.save(path)
     return card
-
-
-def _version(package: str) -> str:
-    """Without what a build adds, such as +cpu."""
-    return importlib.metadata.version(package).split("+")[0]
 
 
 def _card_data(name: str, summary: dict[str, Any], hub: HubFacts) -> ModelCardData:
