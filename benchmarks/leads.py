@@ -277,7 +277,8 @@ def model_leads() -> Iterator[Lead]:
     for t in (0, 20, 60, 150):
         yield of_model("noise", f"at scales 1, 2, noise of t = {t} alone", timesteps=(t,))
     yield of_model("covariances", "the model's log covariances", [COVARIANCES])
-    yield of_model("joined", "log covariances and co-occurrences, in one discriminant", [COOCCURRENCES + COVARIANCES])
+    title = "log covariances and co-occurrences, in one discriminant"
+    yield of_model("joined", title, [COOCCURRENCES + COVARIANCES])
     title = "log covariances and co-occurrences, a discriminant each, added"
     yield of_model("each", title, EACH, methods=learning())
     halves = {", mean over 10 random halves": by_subspaces}
