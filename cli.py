@@ -1,26 +1,37 @@
 """The `protoleak` command, thin over the package."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from .files_protoleak import check_writable, printable
 
 HERE = Path(__file__).parent
 
 
 def attribute(arguments: argparse.Namespace) -> int:
     """
-    `protoleak attribute`: a verdict for each file; exit status 1 if any could not be read, 130 after Ctrl-C.
+    `protoleak attribute`: a verdict for each file; exit status 1 if any could not be read.
     """
-    from .forensics.scan import Attributor, read_records, scan, write_table
+    from .forensics.tables import write_table
 
-    images, output = _images_to_attribute(arguments), arguments.output
-    records: list[dict[str, Any]] = []
+    _check_attribute_arguments(arguments)
+    from tqdm import tqdm
+
+    from .forensics.scan import Attributor, images_of, read_records, scan
+
+    output, records = arguments.output, []
+    images = arguments.paths or images_of(arguments.dataset, arguments.split, arguments.streaming)
 
     def show(record: dict[str, Any]) -> None:
         if not output:
             print(format_row(record), flush=True)
+        elif record["error"]:
+            tqdm.write(format_row(record), file=sys.stderr)
+        if arguments.table and not output:
             records.append(record)
 
     attributor = Attributor(arguments.model, arguments.revision, arguments.stability)
@@ -29,33 +40,35 @@ def attribute(arguments: argparse.Namespace) -> int:
     options = (arguments.resume, arguments.batch_size, arguments.workers)
     try:
         counts = scan(attributor, images, output, *options, on_record=show)
-    except KeyboardInterrupt:
-        advice = f", and what was done is there; go on with --output {output} --resume" if output else ""
-        print(f"stopped{advice}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        advice = f"what was done is there; go on with --output {output} --resume" if output else ""
+        raise KeyboardInterrupt(advice) from error
     if attributor.is_main_process and arguments.table:
         write_table(read_records(Path(output)) if output else records, arguments.table)
     return _tell_counts(arguments, counts) if attributor.is_main_process else 0
 
 
-def _images_to_attribute(arguments: argparse.Namespace):
-    """Paths, or the data set that is named in their place."""
+def _check_attribute_arguments(arguments: argparse.Namespace) -> None:
+    from .forensics.tables import check_table
+
     if arguments.resume and not arguments.output:
         raise ValueError("--resume goes on in the file that --output names; name it")
     if bool(arguments.paths) == bool(arguments.dataset):
         raise ValueError("name either images and folders, or a --dataset")
-    if not arguments.dataset:
-        return arguments.paths
-    from datasets import load_dataset
-
-    return load_dataset(arguments.dataset, split=arguments.split, streaming=arguments.streaming)
+    if (arguments.split or arguments.streaming) and not arguments.dataset:
+        raise ValueError("--split and --streaming are of a --dataset; name it")
+    if arguments.output and arguments.output == arguments.table:
+        raise ValueError("--output and --table must name two files")
+    if arguments.output:
+        check_writable(arguments.output)
+    if arguments.table:
+        check_table(arguments.table)
 
 
 def _tell_counts(arguments: argparse.Namespace, counts: dict[str, int]) -> int:
     """What a scan could not do, on standard error; the exit status."""
     if not counts["files"]:
-        where = arguments.dataset or ", ".join(arguments.paths)
-        print(f"no images found in {where}", file=sys.stderr)
+        print(f"no images found in {arguments.dataset or ', '.join(arguments.paths)}", file=sys.stderr)
     if counts["done"]:
         print(f"{counts['done']} files were done before", file=sys.stderr)
     if counts["failed"]:
@@ -66,22 +79,24 @@ def _tell_counts(arguments: argparse.Namespace, counts: dict[str, int]) -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """`protoleak explain`: the verdict on each image, and the reasons."""
     from .forensics.report import Examiner, explanation_lines
-    from .image_files_protoleak import find_images
 
+    files = _find(arguments.images)
     examiner = Examiner(arguments.model, arguments.revision)
     scope, failed = format_scope(examiner.network.config.scope_title), 0
-    for file in find_images(arguments.images):
+    for file in files:
         record = examiner.examine(file)
         failed += record["error"] is not None
         if arguments.format == "json":
             print(json.dumps(record), flush=True)
         else:
-            print(format_row(record), *explanation_lines(record), scope, "", sep="\n", flush=True)
+            lines = (format_row(record), *map(printable, explanation_lines(record)), scope, "")
+            print(*lines, sep="\n", flush=True)
     return 1 if failed else 0
 
 
 def report(arguments: argparse.Namespace) -> int:
     """`protoleak report`: verdicts, reasons and what a second examiner needs, in one file."""
+    check_writable(arguments.output)
     from tqdm import tqdm
 
     from .forensics.report import Examiner, write_report
@@ -107,6 +122,7 @@ def _find(paths: list[str]) -> list[Path]:
 
 def enroll(arguments: argparse.Namespace) -> int:
     """`protoleak enroll`: one more generator, from a handful of its images, as a new checkpoint."""
+    check_writable(arguments.output_dir, is_folder=True)
     from .training.enrolment import write_enrolled
 
     files = _find(arguments.images)
@@ -163,7 +179,9 @@ def robustness(arguments: argparse.Namespace) -> int:
 
 
 def _subject(arguments: argparse.Namespace):
-    """The checkpoint and the data set that are named."""
+    """The checkpoint and the data set that are named, where results can be written."""
+    if arguments.output_dir:
+        check_writable(arguments.output_dir, is_folder=True)
     from .evaluation.columns import Columns
     from .evaluation.predictions import Subject
 
@@ -176,13 +194,14 @@ def _subject(arguments: argparse.Namespace):
 
 def export(arguments: argparse.Namespace) -> int:
     """`protoleak export`: the network, with the VAE or without, as an ONNX file."""
+    target = Path(arguments.output)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; name another file")
+    check_writable(target)
     from .image_processing_protoleak import ProtoLeakImageProcessor
     from .modeling_protoleak import ProtoLeakForImageAttribution
     from .training.export import export_onnx
 
-    target = Path(arguments.output)
-    if target.exists():
-        raise FileExistsError(f"{target} exists; name another file")
     model = ProtoLeakForImageAttribution.from_pretrained(arguments.model)
     crop_size = ProtoLeakImageProcessor.from_pretrained(arguments.model).crop_size
     print(f"written to {export_onnx(model, crop_size, target, arguments.part)}")
@@ -193,13 +212,13 @@ def format_row(record: dict[str, Any]) -> str:
     """One attribution as a line of a table: the record's verdict, and the numbers that it stands on."""
     name = Path(record["file"]).name
     if record["error"]:
-        return f"{name:<30} error: {record['error']}"
+        return printable(f"{name:<30} error: {record['error']}")
     best = ", ".join(f"{a['label']} {a['score']:.3f}" for a in record["attributions"][:2])
     p_value = "" if record["p_value"] is None else f"p(known) {record['p_value']:.3f}"
     known, ruled_out = len(record["attributions"]), record["ruled_out"] or []
     rules_out = f"; rules out {len(ruled_out)} of {known}" if ruled_out and not record["is_unknown"] else ""
     first = f"{record['contradiction']}; verdict: " if record["contradiction"] else ""
-    return f"{name:<30} {p_value:<16} {first}{record['verdict']} ({best}{rules_out})"
+    return printable(f"{name:<30} {p_value:<16} {first}{record['verdict']} ({best}{rules_out})")
 
 
 def format_scope(scope: str | None) -> str:
@@ -210,10 +229,16 @@ def format_scope(scope: str | None) -> str:
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be an integer of at least 1; got {text!r}")
+    return int(text)
+
+
 def _attribute_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("paths", nargs="*", help="image files, and folders, which are searched recursively")
     command.add_argument("--dataset", help="instead: the images of a data set, Hub id or folder")
-    command.add_argument("--split", default="train", help="of --dataset (default: train)")
+    command.add_argument("--split", help="of --dataset (default: train; of a folder of images: all of it)")
     command.add_argument("--streaming", action="store_true", help="don't download --dataset as a whole")
     command.add_argument("--revision", help="branch, tag or commit of a Hub id")
     command.add_argument("--output", help="write JSON lines here, as they come, instead of a table")
@@ -221,8 +246,8 @@ def _attribute_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--table", help="also write a table at the end, .csv or .parquet")
     what = "also tell whether each verdict holds when the image is saved again; four times the work"
     command.add_argument("--stability", action="store_true", help=what)
-    command.add_argument("--batch_size", type=int, default=16, help="images at a time")
-    command.add_argument("--workers", type=int, default=2, help="threads that read images")
+    command.add_argument("--batch_size", type=_count, default=16, help="images at a time")
+    command.add_argument("--workers", type=_count, default=2, help="threads that read images")
 
 
 def _explain_arguments(command: argparse.ArgumentParser) -> None:
@@ -258,7 +283,7 @@ def _measuring_arguments(command: argparse.ArgumentParser) -> None:
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     _measuring_arguments(command)
-    command.add_argument("--noise_seeds", type=int, default=3, help="draws of the evaluation noise")
+    command.add_argument("--noise_seeds", type=_count, default=3, help="draws of the evaluation noise")
     what = "encode every image as JPEG of quality 90 first"
     command.add_argument("--normalise_format", action="store_true", help=what)
 
@@ -302,10 +327,16 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--model", default=str(HERE), help=which)
         command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that their encoding lacks end no run
     try:
         return arguments.run(arguments)
+    except KeyboardInterrupt as error:
+        print("; ".join(filter(None, ["stopped", str(error)])), file=sys.stderr)
+        return 130
     except (OSError, ValueError, ImportError) as error:
-        print(f"protoleak: {error}", file=sys.stderr)
+        print(f"protoleak: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

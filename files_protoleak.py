@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ PARTIAL = ".partial"
 MAX_BYTES = 1 << 30  # of one file that is read into memory
 # controls, bytes that are not UTF-8 (as Python keeps them), separators of lines, and what turns the direction
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+OF_DISK = re.compile(r"os error \d+|PytorchStreamWriter|inline_container")  # in errors of safetensors, torch
 ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4})")
 
 
@@ -83,10 +85,33 @@ def _kind(mode: int) -> str:
     return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "a device")
 
 
+def check_writable(path: str | os.PathLike, is_folder: bool = False) -> None:
+    """
+    That a file, or a folder with files, can be written at `path`; nothing of it is made yet. To be called
+    before the work whose results go there.
+
+    Raises:
+        OSError: the message names it, and the reason.
+    """
+    target = Path(path).absolute()
+    place = next(p for p in (target, *target.parents) if os.path.lexists(p))
+    try:
+        if place == target and not (place.is_dir() if is_folder else place.is_file()):
+            raise OSError(
+                f"there is no {'folder' if is_folder else 'regular file'} of this name, but another"
+            )
+        if place == target and not is_folder:
+            place = place.parent  # where its successor is written
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        raise OSError(f"{shown_name(path)} can't be written: {error.strerror or error}") from error
+
+
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """
-    Have `write` make a file under a temporary name beside `path`, then move it there: whatever goes wrong,
-    the previous file stays as it was.
+    Have `write` make a file under a temporary name beside `path`, in a folder that is made where it is
+    missing, then move it there: whatever goes wrong, the previous file stays as it was.
 
     Raises:
         OSError: it can't be written, for example because the disk is full; the message names the file.
@@ -94,6 +119,7 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Non
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         partial.replace(path)
     except OSError as error:
@@ -121,5 +147,9 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         message = f"{folder} can't be written, what was there stays: {error}"
         raise OSError(error.errno, message) from error
+    except Exception as error:
+        if not OF_DISK.search(str(error)):
+            raise
+        raise OSError(f"{folder} can't be written, what was there stays: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,10 +5,12 @@ and a run that was stopped goes on where it was.
 Under `accelerate launch` the files are shared out over the processes; the main one joins their records.
 """
 
-import csv
 import hashlib
+import io
 import json
+import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from ..files_protoleak import read_file, shown_name, write_whole
+from ..files_protoleak import printable, read_file, shown_name, write_whole
 from ..image_files_protoleak import find_images
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
@@ -36,11 +38,11 @@ from .provenance import contradiction, read_provenance
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+TABLES = (".parquet", ".arrow", ".tar", ".zip")  # that `datasets` takes images of
 WEIGHT_FILES = (
     "config.json", "model.safetensors", "density.pkl", "preprocessor_config.json",
     "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
 )  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Attributor:
         hub = {"revision": revision or "main"}
         self.network = ProtoLeakForImageAttribution.from_pretrained(model, **hub).eval()
         self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
-        self.name, self.revision, self.stability = str(model), revision, stability
+        self.name, self.revision, self.stability = printable(str(model)), revision, stability
         self.network.drop_decoder()
         self.network.to(PartialState().device)
         self.weights = weight_digests(model, **hub)
@@ -228,6 +230,7 @@ def scan(
 
     Raises:
         FileExistsError: `output` exists and `resume` is false.
+        OSError: it can't be written; what was done stays there.
         ValueError: what is there was not written by this model.
     """
     state = PartialState()
@@ -242,11 +245,10 @@ def scan(
     hidden = quiet or not state.is_main_process or not os.isatty(2)
 
     files = _counted(tqdm(mine, unit="image", disable=hidden), counts)
-    with own.open("a", encoding="utf-8") if own else nullcontext() as stream:
+    with own.open("ab", buffering=0) if own else nullcontext() as stream:
         for record in attributor.records(files, batch_size, workers, done):
             if stream:
-                stream.write(json.dumps(record) + "\n")
-                stream.flush()
+                _append(stream, record, own)
             counts["written"] += 1
             counts["failed"] += record["error"] is not None
             on_record(record)
@@ -259,10 +261,50 @@ def scan(
     return counts
 
 
+def _append(stream: io.RawIOBase, record: dict[str, Any], path: Path) -> None:
+    line = (json.dumps(record) + "\n").encode()
+    try:
+        while line:
+            line = line[stream.write(line) :]
+    except OSError as error:
+        raise OSError(
+            f"{path} can't be written: {error.strerror or error}. What was done is there; go on with --resume"
+        ) from error
+
+
 def _counted(files: "Iterable[Path | Row]", counts: dict[str, int]) -> "Iterator[Path | Row]":
     for file in files:
         counts["files"] += 1
         yield file
+
+
+def images_of(name: str, split: str | None, streaming: bool) -> "list[str] | Dataset | IterableDataset":
+    """
+    What [`scan`] takes for the images of a data set: its rows, of the split `train` unless it is named. A
+    folder of image files is searched as a whole, or its folder `split`: `datasets` would take the names of
+    files for splits and pass over the others.
+
+    Args:
+        name (`str`): Hub id or folder.
+        streaming (`bool`): Don't download a data set of the Hub as a whole.
+    """
+    if Path(name).is_dir() and not _has_tables(Path(name)):
+        folder = Path(name, split or "")
+        if not folder.is_dir():
+            others = sorted(shown_name(p.name) for p in Path(name).iterdir() if p.is_dir())
+            raise ValueError(f"{name} has no folder {split!r}; it has {others}")
+        return [str(folder)]
+    from datasets import load_dataset
+
+    return load_dataset(name, split=split or "train", streaming=streaming)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether a folder's images are in tables or archives, or its card says what its splits are."""
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.M):
+        return True
+    return any(path.suffix in TABLES for path in folder.rglob("*"))
 
 
 def _share(
@@ -273,6 +315,7 @@ def _share(
     are enough of them, so that no process reads what another does.
     """
     if isinstance(paths, list):
+        logging.getLogger(find_images.__module__).disabled = process > 0  # one of them tells
         return find_images(paths)[process::processes]
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -364,48 +407,4 @@ def _join(target: Path, processes: int) -> None:
         part.unlink()
 
 
-# --- tables -------------------------------------------------------------------------------------------------
-
-
-def write_table(records: Iterable[dict[str, Any]], path: str | os.PathLike) -> None:
-    """
-    Records as a table, CSV or Parquet by the suffix, a row a file: every probability in a column of its own,
-    prediction set, what is ruled out, and provenance as text. Text that a spreadsheet would run as a formula
-    begins with a quote in CSV.
-    """
-    path = Path(path)
-    if path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"a table is {' or '.join(TABLE_SUFFIXES)}, by its suffix; got {path}")
-    rows = [_flat(record) for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write_csv(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, [_inert(name) for name in columns])
-            writer.writeheader()
-            writer.writerows({_inert(name): _inert(value) for name, value in row.items()} for row in rows)
-
-    from datasets import Dataset
-
-    table = Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
-    write_whole(path, write_csv if path.suffix == ".csv" else table.to_parquet)
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    row = {name: value for name, value in record.items() if not isinstance(value, dict | list)}
-    row["prediction_set"] = " or ".join(record["prediction_set"] or [])
-    row["ruled_out"] = ", ".join(record["ruled_out"] or [])
-    row["provenance"] = json.dumps(record["provenance"])
-    row["timesteps"] = " ".join(map(str, record["timesteps"]))
-    if stability := record.get("stability"):
-        row["stability"] = f"{stability['kept']} of {stability['of']}"
-    return row | {f"p({a['label']})": a["score"] for a in record["attributions"] or []}
-
-
-def _inert(value: Any) -> Any:
-    """Text that no spreadsheet takes for a formula (OWASP, CSV injection)."""
-    risky = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if risky else value
-
-
-__all__ = ["Attributor", "scan", "write_table"]
+__all__ = ["Attributor", "read_records", "scan"]

@@ -15,7 +15,9 @@ from datasets import load_dataset
 from PIL import Image
 from protoleak.cli import main
 from protoleak.forensics import scan as scan_module
-from protoleak.forensics.scan import prefetched, read_records, scan, write_table
+from protoleak.forensics import tables
+from protoleak.forensics.scan import prefetched, read_records, scan
+from protoleak.forensics.tables import write_table
 
 
 @pytest.fixture
@@ -125,6 +127,7 @@ def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
     slow = f"""
 import signal, sys, time
 from protoleak.forensics import scan as scan_module
+from protoleak.forensics import tables
 from protoleak.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest itself runs in the background
 read = scan_module.Attributor.read
@@ -166,6 +169,13 @@ def test_tables_have_a_row_a_file_and_no_formula(attributor, folder, tmp_path, m
     assert table["p(a)"][:] == [None if r["error"] else numbers(r)[2]["a"] for r in records]
     with pytest.raises(ValueError, match=r"\.csv or \.parquet"):
         write_table(records, tmp_path / "table.xlsx")
+
+
+def test_cells_can_begin_no_formula_in_any_country():
+    cells = {"=1": "'=1", " +1": " '+1", ";=1": ";'=1", "a;\t@b": "a;\t'@b", 'a,"=b': "a,\"'=b"}
+    cells |= {"\uff1d1": "'\uff1d1", "\uff20x": "'\uff20x", "a|-b": "a|'-b", "x\n=y": "x\n'=y"}
+    cells |= {name: name for name in ("a=b", "a - b", "0 20", "x; y", "")} | {0.5: 0.5, None: None}
+    assert {cell: tables._inert(cell) for cell in cells} == cells
 
 
 def test_two_processes_give_what_one_gives(checkpoint, folder, tmp_path):
@@ -234,7 +244,7 @@ def test_a_full_disk_is_told_and_leaves_the_previous_table_whole(attributor, fol
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scan_module.csv, "DictWriter", full)
+    monkeypatch.setattr(tables.csv, "DictWriter", full)
     with pytest.raises(OSError, match=r"table\.csv can't be written.*No space left"):
         write_table(records, path)
     assert path.read_bytes() == before
