@@ -5,6 +5,14 @@ Importing it tells transformers of config, models, image processor and pipeline,
 `pipeline("image-attribution")` load checkpoints with the installed code, without `trust_remote_code`.
 """
 
+import sys
+from pathlib import Path
+
+if Path(sys.argv[0]).stem == "protoleak" or "protoleak.cli" in sys.orig_argv:
+    from .interruption import end_with_a_word
+
+    sys.excepthook = end_with_a_word  # also while what follows is imported, which takes seconds
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from .calibration_protoleak import CrossFitted

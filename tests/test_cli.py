@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -160,10 +161,17 @@ def test_ctrl_c_is_a_word_at_any_time(monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_what_takes_long_to_import_is_imported_within_main():
-    """So that Ctrl-C in these seconds is caught there."""
-    code = "import sys, protoleak.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("start", [["-m", "protoleak.cli"], ["protoleak"]])
+def test_ctrl_c_is_a_word_while_the_package_is_imported(start, tmp_path):
+    """As if it came during the first import that takes long; also of the script that pip writes."""
+    (tmp_path / "transformers.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "protoleak").write_text("from protoleak.cli import main")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, *start], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, "stopped\n")
 
 
 @contextlib.contextmanager
