@@ -108,6 +108,18 @@ def check_writable(path: str | os.PathLike, is_folder: bool = False) -> None:
         raise OSError(f"{shown_name(path)} can't be written: {error.strerror or error}") from error
 
 
+@contextmanager
+def written_to(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk, whoever raises them, as an `OSError` that names what is written."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not OF_DISK.search(str(error)):
+            raise
+        message = f"{shown_name(path)} can't be written, what was there stays: {error}"
+        raise OSError(error.errno, message) if getattr(error, "errno", None) else OSError(message) from error
+
+
 def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """
     Have `write` make a file under a temporary name beside `path`, in a folder that is made where it is
@@ -119,11 +131,10 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], object]) -> Non
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} can't be written, what was there stays: {error}") from error
+        with written_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -138,18 +149,12 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for source in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = folder / source.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(target)
-    except OSError as error:
-        message = f"{folder} can't be written, what was there stays: {error}"
-        raise OSError(error.errno, message) from error
-    except Exception as error:
-        if not OF_DISK.search(str(error)):
-            raise
-        raise OSError(f"{folder} can't be written, what was there stays: {error}") from error
+        with written_to(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            for source in sorted(path for path in partial.rglob("*") if path.is_file()):
+                target = folder / source.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

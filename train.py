@@ -206,6 +206,9 @@ def main() -> None:
         summary = train(arguments)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after its last epoch", file=sys.stderr)
+        return 130
     if Accelerator().is_main_process:
         print(format_summary(Evaluation.from_dict(summary).splits))
         print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; {arguments.output_dir}")

@@ -209,6 +209,18 @@ def test_a_full_disk_leaves_no_half_checkpoint(checkpoint, strange, tmp_path, ca
     assert not target.exists()
 
 
+def test_enrolling_names_every_image_that_cant_be_read(checkpoint, strange, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        (strange / name).write_bytes(b"no image")
+    target = tmp_path / "enrolled"
+    command = ["enroll", "new", str(strange), "--model", str(checkpoint), "--output_dir", str(target)]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "2 of 7 images can't be read" in told
+    assert all(f"{strange}/{name} is not an image" in told for name in ("a.png", "b.png"))
+    assert not target.exists()
+
+
 @pytest.mark.parametrize(
     "message", ["I/O error: No space left on device (os error 28)", "PytorchStreamWriter"]
 )

@@ -19,7 +19,7 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import evaluate_predictions
 from protoleak.evaluation.splits import load_splits
-from protoleak.train import train
+from protoleak.train import main, train
 from protoleak.training.initialisation import begin_as_discriminant, make_model
 from protoleak.training.latents import LatentCache
 from protoleak.training.patches import make_patch_autoencoder
@@ -387,6 +387,16 @@ def test_classes_are_added_and_the_old_ones_kept(trained, tmp_path, folder, reci
 
 
 # --- what training reads ------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_is_a_word(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("protoleak.train.train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert main() == 130
+    assert capsys.readouterr().err.endswith("stopped; the same command goes on after its last epoch\n")
 
 
 def test_training_never_holds_many_latents(trained, monkeypatch, tmp_path):

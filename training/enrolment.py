@@ -31,18 +31,26 @@ def write_enrolled(
         thumbnails (`bool`): Whether small pictures of these images are kept, for reports.
 
     Raises:
-        ValueError: the folder holds something, or as [`ProtoLeakForImageAttribution.enroll`].
+        ValueError: the folder holds something, images can't be read, which it names, or as
+            [`ProtoLeakForImageAttribution.enroll`].
     """
     target = Path(output_dir)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
-    outputs, sizes = [], []
+    outputs, sizes, errors = [], [], []
     for file in files:
-        image = processor.open(file)
+        try:
+            image = processor.open(file)
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+            continue
         outputs.append(model(processor(image)["pixel_values"], return_dict=True))
         sizes.append(image.size)
+    if errors:
+        unread = f"{len(errors)} of {len(files)} images can't be read; leave them out"
+        raise ValueError("\n".join([f"{unread}:", *errors]))
     parts = [part for part in PARTS if part in outputs[0]]  # an output has no keys of what is None
     model.enroll(name, {part: torch.cat([output[part] for output in outputs]) for part in parts})
     if thumbnails:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
-from ..files_protoleak import PARTIAL
+from ..files_protoleak import write_whole
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..postprocessing_protoleak import postprocess
@@ -177,21 +176,20 @@ class LatentCache:
         return files
 
     def _write_shard(self, rows: Dataset, view: View, path: Path) -> None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
         bar = tqdm(
             total=len(rows),
             desc="encoding images with the VAE",
             leave=False,
             disable=None if self.accelerator.is_main_process else True,  # None: on a terminal alone
         )
-        try:
-            with bar, open(partial, "wb") as file:
+
+        def write(partial: Path) -> None:
+            with bar, partial.open("wb") as file:
                 for batch in rows.select_columns("image").iter(self.batch_size):
                     file.write(self._encode_batch(batch["image"], view).tobytes())
                     bar.update(len(batch["image"]))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+
+        write_whole(path, write)
 
     def latents(self, rows: Dataset) -> Iterator[torch.Tensor]:
         """z_0 at the first scale, batch by batch, of `rows` as they are; they are not kept."""

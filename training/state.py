@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..files_protoleak import PARTIAL
+from ..files_protoleak import PARTIAL, written_to
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
 
@@ -93,7 +93,8 @@ class TrainingState:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        with written_to(partial):
+            self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if main:
             (partial / RUN_FILE).write_text(self.run)
