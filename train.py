@@ -197,7 +197,7 @@ def save(
     shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
 
 
-def main() -> None:
+def main() -> int:
     arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of each file of each epoch's state
@@ -212,7 +212,8 @@ def main() -> None:
     if Accelerator().is_main_process:
         print(format_summary(Evaluation.from_dict(summary).splits))
         print(f"  {summary['epochs']} epochs, {summary['seconds']['total']} s; {arguments.output_dir}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
