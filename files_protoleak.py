@@ -67,6 +67,8 @@ def read_file(path: str | os.PathLike, name: str | None = None) -> bytes:
     name = shown_name(path) if name is None else name
     try:
         facts = os.stat(path)
+        if stat.S_ISDIR(facts.st_mode):
+            os.scandir(path).close()  # it was taken for a file where it can't be searched: that is the reason
         if not stat.S_ISREG(facts.st_mode):
             raise OSError(f"{name} is {_kind(facts.st_mode)}, and no regular file")
         if facts.st_size > MAX_BYTES:

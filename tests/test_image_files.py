@@ -126,6 +126,8 @@ def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: refuse(path, function=scandir))
     monkeypatch.setattr(type(tmp_path), "open", lambda *a, **k: refuse(*a, function=open_path, **k))
     assert find_images([tmp_path]) == [tmp_path / "secret", tmp_path / "closed"]
+    with pytest.raises(OSError, match="closed can't be read: Permission denied"):
+        read_file(tmp_path / "closed")
 
 
 def test_a_file_too_large_for_memory_is_not_read(tmp_path):
