@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         print("; ".join(filter(None, ["stopped", str(error)])), file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError) as error:
-        print(f"protoleak: {printable(str(error))}", file=sys.stderr)
+        print("protoleak:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         return 2
 
 

@@ -46,8 +46,9 @@ def write_enrolled(
         except (OSError, ValueError) as error:
             errors.append(str(error))
             continue
-        outputs.append(model(processor(image)["pixel_values"], return_dict=True))
-        sizes.append(image.size)
+        if not errors:
+            outputs.append(model(processor(image)["pixel_values"], return_dict=True))
+            sizes.append(image.size)
     if errors:
         unread = f"{len(errors)} of {len(files)} images can't be read; leave them out"
         raise ValueError("\n".join([f"{unread}:", *errors]))
