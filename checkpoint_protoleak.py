@@ -298,7 +298,7 @@ def _vae_folder(name: str | os.PathLike, subfolder: str | None, **hub) -> Path |
 def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hub) -> nn.Module:
     """
     An autoencoder of diffusers from a Hub id or a folder. Its config's `_name_or_path` is the folder on this
-    machine that its files are in.
+    machine that its files are in, and its dtype theirs.
 
     Raises:
         OSError: telling which, why, and how to pass another.
@@ -307,7 +307,9 @@ def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hu
 
     try:
         vae = diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
-        vae.register_to_config(_name_or_path=str(_vae_folder(name, subfolder, **hub)))
+        folder = _vae_folder(name, subfolder, **hub)
+        vae.register_to_config(_name_or_path=str(folder))
+        nn.Module.to(vae, _stored_dtype(folder / VAE_WEIGHTS))
     except Exception as error:  # also what a missing, gated or damaged repository raises
         raise OSError(
             f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
@@ -315,6 +317,14 @@ def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hu
             f"or set config.vae_name_or_path to a local folder"
         ) from error
     return vae
+
+
+def _stored_dtype(file: Path) -> torch.dtype:
+    """Of the weights in a file; float32 where there is no such, as of weights in several files."""
+    if not file.exists():
+        return torch.float32
+    with safe_open(file, framework="pt") as stored:
+        return stored.get_tensor(next(iter(stored.keys()))).dtype
 
 
 def save_autoencoder(vae: nn.Module, folder: Path) -> None:

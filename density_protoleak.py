@@ -32,7 +32,7 @@ HALVED = ("gates", "statistics")  # the parts that are rounded to float16, as th
 STATE = (
     "labels", "open_set_scores", "train_", "held_out_", "chosen_", "spreads_", "calibration_",
     "own_calibration_", "temperature_", "class_calibration_", "generators_calibration_",
-    "generated_calibration_", "thumbnails_", "origins_", "probe_",
+    "generated_calibration_", "thumbnails_", "origins_", "probe_", "processor_",
 )  # fmt: skip
 
 
@@ -70,6 +70,8 @@ class OpenSetDetector:
         origins_ (`dict[int, str]`): Of the same training images, where each comes from, in words.
         thumbnails_ (`dict[int, bytes]`):
             Of training images, by their place in `train_`: small JPEG files, for those nearest to prototypes.
+        processor_ (`dict[str, int]`, *optional*): The [`~ProtoLeakImageProcessor.settings`] of what prepared
+            the images; `None` where that was not told.
         probe_ (`torch.Tensor` of shape `(embedding_size,)`):
             What the network gave for a fixed input when this was fitted; a network that gives something else
             has changed.
@@ -87,6 +89,7 @@ class OpenSetDetector:
         self.generated_calibration_: torch.Tensor | None = None
         self.origins_: dict[int, str] = {}
         self.thumbnails_: dict[int, bytes] = {}
+        self.processor_: dict[str, int] | None = None
         self._scores: dict[str, OpenSetScore] = {}
 
     @property
@@ -282,7 +285,7 @@ class OpenSetDetector:
         if self.held_out_ is not None:
             detector = OpenSetDetector().fit(train, self.held_out_, names, self.open_set_scores)
             detector.thumbnails_ = dict(self.thumbnails_)
-            detector.origins_ = dict(self.origins_)
+            detector.origins_, detector.processor_ = dict(self.origins_), self.processor_
             return detector
         detector = copy.copy(self)
         detector.labels, detector.train_ = names, train
@@ -392,7 +395,7 @@ class OpenSetDetector:
             in it is run.
         """
         try:
-            state = read_state(path, FORMAT_VERSION)
+            state = {"processor_": None} | read_state(path, FORMAT_VERSION)  # older files don't tell it
             if set(state) != set(STATE):
                 raise ValueError(f"it must hold {STATE}; it differs by {sorted(set(state) ^ set(STATE))}")
             detector = cls()

@@ -4,19 +4,37 @@ checkpoint.
 """
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import cached_file, logging
 
 from .calibration_protoleak import CrossFitted
 from .density_protoleak import OpenSetDetector
+from .fitting_protoleak import cut, known_and_held_out, labelled_images
+from .image_processing_protoleak import ProtoLeakImageProcessor
 from .pipeline_protoleak import check_options, records_of
 
 logger = logging.get_logger(__name__)
 
 DETECTOR_FILE = "density.pkl"
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; each module's mode is what it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class DetectorMixin:
@@ -32,14 +50,98 @@ class DetectorMixin:
         """What VAE and network make of a fixed image, (D,): with the same probe they are the same."""
         generator = torch.Generator("cpu").manual_seed(0)
         pixel_values = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
-        training = self.training
-        with torch.no_grad():
-            embedding = self.eval().base_model(pixel_values, return_dict=True).embeddings[0].cpu()
-        self.train(training)
-        return embedding
+        with evaluating(self):
+            return self.base_model(pixel_values, return_dict=True).embeddings[0].cpu()
+
+    def fit_open_set(
+        self,
+        dataset: Any,
+        held_out: Any = None,
+        processor: ProtoLeakImageProcessor | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """
+        Fit the detector on a data set, as after fine-tuning: what is known, and by which images the p-values
+        are calibrated.
+
+        Args:
+            dataset: Rows with `image` and `label`, see [`labelled_images`], or a `DatasetDict` with `train`
+                and `validation`.
+            held_out (*optional*): The same of images that the network didn't learn from, which calibrate. By
+                default `validation`; else a third of each class of `dataset`, of which p-values hold as far
+                as the network was not trained on them.
+            processor (*optional*): Prepares images; by default that of the checkpoint that the model was
+                loaded from.
+            batch_size (`int`): Images that go through the model together.
+
+        Raises:
+            ValueError: a class has too few images, or as [`labelled_images`].
+        """
+        names = self.config.label_names
+        dataset, held_out = known_and_held_out(dataset, held_out)
+        processor = processor or self._own_processor()
+        train = self._described(*labelled_images(dataset, names), processor, batch_size)
+        if held_out is None:
+            here = cut(train["labels"])
+            train, calibration = ({name: x[rows] for name, x in train.items()} for rows in (~here, here))
+        else:
+            calibration = self._described(*labelled_images(held_out, names), processor, batch_size)
+        for split, part in {"fit on": train, "calibrate by": calibration}.items():
+            if few := [name for k, name in enumerate(names) if not (part["labels"] == k).any()]:
+                raise ValueError(f"there are no images to {split} of classes {few}; add some of each")
+        count, needed = len(calibration["labels"]), round(1 / self.config.alpha) - 1
+        if count < needed:
+            logger.warning(
+                "%d images calibrate; below %d, none can be called unknown at alpha %g",
+                count, needed, self.config.alpha,
+            )  # fmt: skip
+        self.fit_detector(train, calibration, processor=processor)
+
+    def _own_processor(self) -> ProtoLeakImageProcessor:
+        source = self.config._name_or_path
+        if not source:
+            raise ValueError("the model was not loaded from a checkpoint; pass its image processor=")
+        return ProtoLeakImageProcessor.from_pretrained(source)
+
+    def _described(
+        self, images: Sequence[Any], labels: np.ndarray, processor: ProtoLeakImageProcessor, batch_size: int
+    ) -> dict[str, np.ndarray]:
+        """`embeddings`, `gates`, `statistics` if any, and `labels` of images."""
+        parts: dict[str, list[np.ndarray]] = {}
+        with evaluating(self):
+            for start in range(0, len(labels), batch_size):
+                pixel_values = processor(images[start : start + batch_size])["pixel_values"]
+                output = self.base_model(pixel_values.to(self.device), return_dict=True)
+                for name in ("embeddings", "gates", "statistics"):
+                    if output.get(name) is not None:
+                        parts.setdefault(name, []).append(output[name].float().cpu().numpy())
+        return {name: np.concatenate(part) for name, part in parts.items()} | {"labels": labels}
+
+    def drop_detector(self, reason: str) -> None:
+        """Forget the detector, if there is one, and warn: verdicts by it would be wrong."""
+        if self.detector is not None:
+            logger.warning(
+                "the open-set detector is dropped, since %s: there are no verdicts until it is fitted again "
+                "with model.fit_open_set(dataset)", reason,
+            )  # fmt: skip
+            self.detector = None
+
+    def load_state_dict(self, *args, **kwargs):
+        """As [`torch.nn.Module.load_state_dict`]; a detector that doesn't fit the weights is dropped."""
+        result = super().load_state_dict(*args, **kwargs)
+        if self.detector is not None:
+            try:
+                self.check_detector(self.detector)
+            except ValueError as error:
+                self.drop_detector(str(error))
+        return result
 
     def fit_detector(
-        self, train: Any, held_out: Any, cross_fitted: CrossFitted | dict[str, Any] | None = None
+        self,
+        train: Any,
+        held_out: Any,
+        cross_fitted: CrossFitted | dict[str, Any] | None = None,
+        processor: ProtoLeakImageProcessor | None = None,
     ) -> None:
         """
         Fit open-set scores and calibration on this network's embeddings of known classes.
@@ -47,9 +149,12 @@ class DetectorMixin:
         Args:
             train, held_out: With `embeddings`, `gates`, `labels` and, where a score is of them, `statistics`.
             cross_fitted (*optional*): Calibrates in the place of `held_out`; see [`OpenSetDetector.fit`].
+            processor (*optional*): What prepared the images; other ones are refused from then on.
         """
         names, scores = self.config.label_names, self.config.open_set_scores
-        self._take_detector(OpenSetDetector().fit(train, held_out, names, scores, cross_fitted))
+        detector = OpenSetDetector().fit(train, held_out, names, scores, cross_fitted)
+        detector.processor_ = None if processor is None else processor.settings
+        self._take_detector(detector)
 
     @torch.no_grad()
     def _take_detector(self, detector: OpenSetDetector) -> None:
@@ -111,6 +216,16 @@ class DetectorMixin:
         """What this model's output says of each image, in plain values and in words, see [`records_of`]."""
         return records_of(output, self.config, **options)
 
+    def check_processor(self, processor: ProtoLeakImageProcessor) -> None:
+        """Raise `ValueError` where it prepares images otherwise than the detector was fitted on."""
+        fitted = None if self.detector is None else self.detector.processor_
+        if fitted is not None and fitted != processor.settings:
+            raise ValueError(
+                f"the detector was fitted on images prepared with {fitted}, but this image processor has "
+                f"{processor.settings}; take the checkpoint's own, or fit again with "
+                f"model.fit_open_set(dataset, processor=)"
+            )
+
     def check_detector(self, detector: OpenSetDetector) -> None:
         """
         Raise `ValueError` unless `detector` was fitted on embeddings of this very network, for these labels.
@@ -131,7 +246,8 @@ class DetectorMixin:
         tolerance *= float(expected.abs().max())
         if not torch.allclose(self.probe(), expected, atol=tolerance, rtol=0):
             raise ValueError(
-                "the detector was fitted for other weights, timesteps or VAE; fit it again with train.py"
+                "the detector was fitted for other weights, timesteps or VAE; fit it again with "
+                "model.fit_open_set(dataset)"
             )
 
     def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
@@ -142,14 +258,16 @@ class DetectorMixin:
             self.detector = detector
 
     def _save_detector(self, folder: Path) -> None:
-        if self.detector is not None:
+        """`density.pkl`, or none where the detector doesn't fit the model, which stays as it is."""
+        detector = self.detector
+        if detector is not None:
             try:
-                self.check_detector(self.detector)
+                self.check_detector(detector)
             except ValueError as error:
                 logger.warning("%s is left out: %s", DETECTOR_FILE, error)
-                self.detector = None
-        if self.detector is not None:
-            self.detector.save(folder / DETECTOR_FILE)
+                detector = None
+        if detector is not None:
+            detector.save(folder / DETECTOR_FILE)
         else:
             (folder / DETECTOR_FILE).unlink(missing_ok=True)
 

@@ -168,6 +168,7 @@ class ProtoLeakDiffusionPipeline(DiffusionPipeline):
         if missing:
             raise ValueError(f"the pipeline has no {' and no '.join(missing)}; set pipe.{missing[0]}")
         self.attribution_model.attach_components(self.vae, self.scheduler)
+        self.attribution_model.check_processor(self.image_processor)
         return self.attribution_model
 
     @torch.no_grad()

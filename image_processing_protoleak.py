@@ -179,6 +179,12 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         self.num_crops, self.max_pixels, self.device = num_crops, max_pixels, device
 
     @property
+    def settings(self) -> dict[str, int]:
+        """What pixel values depend on, besides the image."""
+        names = ("crop_size", "do_resize", "num_crops", *(["resample"] if self.do_resize else []))
+        return {name: int(getattr(self, name)) for name in names}
+
+    @property
     def size(self) -> dict[str, int]:
         """Height and width of a crop."""
         return {"height": self.crop_size, "width": self.crop_size}

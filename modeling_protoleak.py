@@ -385,6 +385,8 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
                 cross-entropy plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention
                 from collapsing.
         """
+        if self.training and torch.is_grad_enabled():
+            self.drop_detector("the network is being trained")
         output = self.classify(pixel_values, latents, features, labels, output_noisy_latents)
         if self.detector is not None and not self.training:  # the boundary: NumPy from here on
             output = ImageAttributionOutput(**output, **self.detector.verdict(output))

@@ -196,6 +196,7 @@ class ImageAttributionPipeline(Pipeline):
 
     def __call__(self, inputs: Any, **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Attribute one image, or a list of images."""
+        self.model.check_processor(self.image_processor)
         several = self.image_processor.several(inputs)
         if several is not None and not len(several):
             return []

@@ -90,6 +90,7 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
             history = fit(model, data.train, data.validation, arguments, accelerator)
     with timed("evaluation", seconds):
         fit_detector(model, data, splits["train"], cross_fitted, arguments, accelerator)
+        model.detector.processor_ = processor.settings
         note_scope(model, splits["train"], arguments.data_titles, arguments.scope)
         summary = summarise(model, data, splits, history, arguments, accelerator) | faults
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}

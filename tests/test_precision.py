@@ -53,6 +53,19 @@ def test_a_checkpoint_loads_in_every_dtype(checkpoint, processor, photo, dtype):
     assert ImageAttributionPipeline(model=model, image_processor=processor)(photo)["p_value"] is not None
 
 
+def test_a_model_in_half_precision_is_loaded_again(fitted_model, checkpoint, tmp_path):
+    """Its VAE is saved as precisely as it is known: as it is on disk, else as it is in memory."""
+    loaded = ProtoLeakForImageAttribution.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    for name, model, dtype in (
+        ("on disk", loaded, torch.float32),
+        ("in memory", fitted_model.bfloat16(), torch.bfloat16),
+    ):
+        model.save_pretrained(tmp_path / name)
+        again = ProtoLeakForImageAttribution.from_pretrained(tmp_path / name)
+        assert again.detector is not None, name
+        assert again.vae.dtype == dtype, name
+
+
 def test_a_model_can_be_made_in_no_other_dtype():
     model = ProtoLeakForImageAttribution._from_config(tiny_config(), dtype=torch.bfloat16)
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {
