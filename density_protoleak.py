@@ -8,7 +8,7 @@ Higher scores mean more like the known. Attributes that end in `_` are fitted.
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ from .state_protoleak import read_state, write_state
 FORMAT_VERSION = 7
 MAX_FOLDS = 20  # in which images calibrate what is fitted on the others
 HALVED = ("gates", "statistics")  # the parts that are rounded to float16, as they are on disk
+FEATURES = ("embeddings", "statistics")  # what open-set scores are of
+PARTS = (*FEATURES, "gates", "labels")  # what is remembered of images
+RESERVED = ("unknown", "no evidence")  # what no class may be called: verdicts on images of no class
 STATE = (
     "labels", "open_set_scores", "train_", "held_out_", "chosen_", "spreads_", "calibration_",
     "own_calibration_", "temperature_", "class_calibration_", "generators_calibration_",
@@ -265,6 +268,17 @@ class OpenSetDetector:
             generated = probabilities[labels != self.real, self.real]
             self.generated_calibration_ = torch.cat([self.generated_calibration_, generated]).sort().values
 
+    def check_new(self, name: str) -> None:
+        """Raise `ValueError` unless a class can be enrolled under this name."""
+        if not name.strip() or name != name.strip() or not name.isprintable():
+            raise ValueError(
+                f"a class needs a name of printable characters, no space around it; got {name!r}"
+            )
+        if name.lower() in RESERVED:
+            raise ValueError(f"{name!r} can't be a class's name: it is the verdict on images of no class")
+        if name in self.labels:
+            raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
+
     def enroll(self, name: str, images: Any) -> "OpenSetDetector":
         """
         A new detector, yet to be calibrated, that also knows `name`, from a few images of it, at least 2:
@@ -275,8 +289,7 @@ class OpenSetDetector:
         sources; and since it takes a share of the probability from all others, the old classes are ruled out
         somewhat more often than before, and a camera is told less often.
         """
-        if name in self.labels:
-            raise ValueError(f"{name!r} is already known; the known classes are {self.labels}")
+        self.check_new(name)
         new = self._remembered(images, np.full(len(images["embeddings"]), len(self.labels)))
         if len(new["labels"]) < 2:
             raise ValueError(f"enrolling {name!r} needs at least 2 images; got {len(new['labels'])}")
@@ -398,6 +411,7 @@ class OpenSetDetector:
             state = {"processor_": None} | read_state(path, FORMAT_VERSION)  # older files don't tell it
             if set(state) != set(STATE):
                 raise ValueError(f"it must hold {STATE}; it differs by {sorted(set(state) ^ set(STATE))}")
+            check_state(state)
             detector = cls()
             vars(detector).update(state)
             detector.train_ = detector._remembered(state["train_"])
@@ -410,6 +424,67 @@ class OpenSetDetector:
         except Exception as error:  # a hostile or damaged pickle can raise anything
             raise ValueError(f"{path} was refused: {error}; fit the detector again with train.py") from error
         return detector
+
+
+# --- what a file may hold -----------------------------------------------------------------------------------
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise `ValueError` naming the part of a detector's state that is not of its kind."""
+    names = state["labels"] if isinstance(state["labels"], list) else []
+    classes = range(len(names))
+
+    def is_dict(value: Any, is_key: Callable[[Any], bool], is_value: Callable[[Any], bool]) -> bool:
+        return isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
+
+    def of_features(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: is_dict(value, FEATURES.__contains__, is_value)
+
+    def of_images(kind: type) -> Callable[[Any], bool]:
+        return lambda value: is_dict(value, _is_count, lambda v: isinstance(v, kind))
+
+    def optional(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda value: value is None or is_value(value)
+
+    def is_each(value: Any, is_value: Callable[[Any], bool], count: int) -> bool:
+        return isinstance(value, list) and len(value) == count and all(map(is_value, value))
+
+    def is_parts(value: Any) -> bool:
+        return is_dict(value, PARTS.__contains__, lambda v: isinstance(v, torch.Tensor))
+
+    holds = {
+        "labels": lambda v: bool(names) and all(isinstance(name, str) for name in v),
+        "open_set_scores": of_features(lambda v: isinstance(v, str) and v in OPEN_SET_SCORES),
+        "train_": is_parts,
+        "held_out_": optional(is_parts),
+        "chosen_": of_features(lambda v: is_dict(v, lambda k: isinstance(k, str), _is_number)),
+        "spreads_": of_features(lambda v: is_each(v, _is_number, 2) and v[1] > 0),
+        "calibration_": _is_sorted,
+        "own_calibration_": lambda v: is_dict(v, lambda k: _is_count(k) and k in classes, _is_sorted),
+        "temperature_": lambda v: _is_number(v) and v > 0,
+        "class_calibration_": lambda v: is_each(v, _is_sorted, len(names)),
+        "generators_calibration_": optional(_is_sorted),
+        "generated_calibration_": optional(_is_sorted),
+        "thumbnails_": of_images(bytes),
+        "origins_": of_images(str),
+        "probe_": lambda v: isinstance(v, torch.Tensor) and v.ndim == 1,
+    }
+    for name, is_right in holds.items():
+        if not is_right(state[name]):
+            raise ValueError(f"{name} is not what a detector has there")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_sorted(value: Any) -> bool:
+    """Whether it is what p-values compare with: scores (m,) in order, without NaN."""
+    return isinstance(value, torch.Tensor) and value.ndim == 1 and bool((value[1:] >= value[:-1]).all())
 
 
 def _scored(scores: dict[str, OpenSetScore], images: Mapping[str, Any]) -> dict[str, np.ndarray]:

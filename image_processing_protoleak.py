@@ -20,6 +20,7 @@ from .postprocessing_protoleak import TREATMENTS, postprocess, treated_size, tre
 
 JPEG_QUALITY = 90  # that image formats are normalised by
 NUM_CROPS = (1, 4, 9, 16)
+LARGEST_CROP = 2048
 TIMEOUT = 20.0  # seconds to wait for a URL
 
 
@@ -166,6 +167,11 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument} must be an integer of at least 1; got {argument}={value!r}")
+        if crop_size > LARGEST_CROP:
+            raise ValueError(
+                f"crop_size must be at most {LARGEST_CROP}, as an image's crops are held together; "
+                f"got crop_size={crop_size}"
+            )
         if num_crops not in NUM_CROPS:
             raise ValueError(f"num_crops must be one of {NUM_CROPS}; got num_crops={num_crops!r}")
         if resample not in list(Image.Resampling):

@@ -11,8 +11,14 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
 from ..evaluation.protocol import Evaluation
+from ..files_protoleak import printable
 
 BLUE, RED, GREY = "#4c72b0", "#c44e52", "#999999"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it is: a pair of "$" would make it a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _axes(width: float, height: float, **labels: str):
@@ -58,7 +64,7 @@ class EmbeddingMap:
         """The map, with one more embedding (D,) as a star."""
         figure, axes = _axes(5.2, 4, xlabel=self.axes[0], ylabel=self.axes[1])
         for k, label in enumerate(self.labels):
-            axes.scatter(*self.known[self.members == k].T, s=7, alpha=0.5, linewidths=0, label=label)
+            axes.scatter(*self.known[self.members == k].T, s=7, alpha=0.5, linewidths=0, label=plain(label))
         if embedding is not None:
             point = self.reducer.transform(np.asarray(embedding, np.float32)[None])[0]
             axes.scatter(*point, s=180, marker="*", color="black", label="this image")
@@ -89,7 +95,7 @@ def draw_contributions(contributions: dict[str, Any], count: int = 12) -> Figure
     order = np.argsort(-np.abs(values))[:count]
     names = [f"dimension {i}" for i in order] + [f"other {len(values) - len(order)}", "sharing"]
     bars = [*values[order], values.sum() - values[order].sum(), contributions["sharing"]]
-    title = f"towards {contributions['first']} (right) or {contributions['second']} (left)"
+    title = plain(f"towards {contributions['first']} (right) or {contributions['second']} (left)")
     figure, axes = _axes(5.2, 3.4, xlabel="logits", title=title)
     axes.barh(names, bars, color=[BLUE if bar > 0 else RED for bar in bars])
     axes.axvline(0, color="black", linewidth=0.8)
@@ -120,7 +126,7 @@ def draw_crops(image: Any, crops: list[dict[str, Any]], size: tuple[int, int]) -
         strength = 0.6 * crop["weight"] / largest
         axes.add_patch(Rectangle(corner, *sides, facecolor=colour, alpha=strength, linewidth=0))
         axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=1))
-        centre, text = np.add(corner, np.divide(sides, 2)), f"{crop['label']}\n{crop['weight']:.0%}"
+        centre, text = np.add(corner, np.divide(sides, 2)), f"{plain(crop['label'])}\n{crop['weight']:.0%}"
         box = {"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 1}
         axes.annotate(text, centre, ha="center", va="center", fontsize=6, bbox=box)
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
@@ -166,8 +172,8 @@ def draw_confusion(labels: list[str], confusion: list[list[int]]) -> Figure:
     size = 1.5 + 0.5 * (len(labels) + 1)
     figure, axes = _axes(size + 0.8, size, xlabel="verdict", ylabel="true class")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels) + 1), [*labels, "unknown"], rotation=60, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels) + 1), [*map(plain, labels), "unknown"], rotation=60, ha="right")
+    axes.set_yticks(range(len(labels)), [*map(plain, labels)])
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, count, ha="center", va="center", color=colour)

@@ -94,9 +94,18 @@ class Examiner:
 
 
 def _measured(model: str, revision: str | None) -> dict[str, Any]:
-    """The checkpoint's metrics.json, empty where there is none."""
+    """The checkpoint's metrics.json, empty where there is none; `ValueError` where it is something else."""
     path = checkpoint_file(model, "metrics.json", revision=revision or "main")
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    if path is None:
+        return {}
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        _error_rates(measured)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what training writes, numbers by test split: {error!r}; remove it, or train again"
+        ) from error
+    return measured
 
 
 def _error_rates(measured: dict[str, Any]) -> list[dict[str, Any]]:
@@ -104,11 +113,11 @@ def _error_rates(measured: dict[str, Any]) -> list[dict[str, Any]]:
     splits = measured.get("splits", {})
     rows = []
     for name, title in TITLES.items():
-        told = {
-            split: {"value": of["metrics"][name], "interval": of["intervals"][name]}
-            for split, of in splits.items()
-            if name in of["metrics"]
-        }
+        told = {}
+        for split, of in splits.items():
+            if name in of["metrics"]:
+                low, high = map(float, of["intervals"][name])
+                told[split] = {"value": float(of["metrics"][name]), "interval": [low, high]}
         rows += [{"name": title, "splits": told}] if told else []
     return rows
 

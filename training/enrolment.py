@@ -38,6 +38,8 @@ def write_enrolled(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name a new folder, so that nothing is overwritten")
     model = ProtoLeakForImageAttribution.from_pretrained(checkpoint)
+    if model.detector is not None:
+        model.detector.check_new(name)  # before any image is read
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
     outputs, sizes, errors = [], [], []
     for file in files:

@@ -4,14 +4,24 @@ import json
 import os
 import pickle
 import struct
+import time
+import tracemalloc
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from protoleak import OpenSetDetector, ProtoLeakConfig
 from protoleak.checkpoint_protoleak import load_vae
 from protoleak.cli import main
+from protoleak.density_protoleak import FORMAT_VERSION
+from protoleak.forensics import report
+from protoleak.forensics.figures import draw_confusion, draw_contributions, draw_crops
+from protoleak.state_protoleak import pack
 from safetensors.torch import load_file, save_file
 
 # What pickles have been made to run, by the lists of picklescan, fickling and their advisories: module, name,
@@ -105,6 +115,114 @@ def test_growing_pickles_end(tmp_path):
             OpenSetDetector.load(path)
 
 
+def nested(depth: int, ways: int = 2) -> list:
+    """Lists that share lists: a value `ways` times in one, which is `ways` times in one, ..."""
+    value = []
+    for _ in range(depth):
+        value = [value] * ways
+    return value
+
+
+SHARED = [
+    nested(40),
+    nested(5, 1000),
+    {"labels": nested(19)},
+    [{"dtype": "<f8", "shape": [10_000], "data": bytes(80_000)}] * 10_000,
+]
+
+
+@pytest.mark.parametrize("state", SHARED, ids=range(len(SHARED)))
+def test_values_that_share_values_are_not_multiplied(tmp_path, state):
+    """A file of 283 bytes stood for 2 ** 40 lists."""
+    path = tmp_path / "density.pkl"
+    path.write_bytes(pickle.dumps({"version": FORMAT_VERSION, "state": state}))
+    tracemalloc.start()
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"density\.pkl was refused.*(over and over|larger than the file)"):
+        OpenSetDetector.load(path)
+    assert time.process_time() - started < 5
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
+
+
+def test_a_place_far_out_in_the_memo_is_refused(tmp_path):
+    """Python's own reader makes room for 2 ** 28 values, 4 GB, for these 9 bytes."""
+    path = tmp_path / "density.pkl"
+    for content in (b"\x80\x04]r\xff\xff\xff\x0f.", b"]p268435455\n.", b"]q\xff."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="refused: it asks for room"):
+            OpenSetDetector.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature_", "1"), ("temperature_", float("nan")), ("temperature_", -1.0), ("temperature_", None),
+        ("labels", "real"), ("labels", []), ("labels", [1, 2, 3]), ("calibration_", [1.0]),
+        ("calibration_", np.array([2.0, 1.0])), ("calibration_", np.array([[1.0]])),
+        ("calibration_", np.array([1.0, np.nan])), ("class_calibration_", {}), ("class_calibration_", []),
+        ("spreads_", {"embeddings": ["0", "1"]}), ("spreads_", {"embeddings": [0.0, 0.0]}),
+        ("chosen_", {"embeddings": {"bandwidth": "1"}}), ("open_set_scores", {"embeddings": ["kde"]}),
+        ("open_set_scores", {"other": "kde"}), ("own_calibration_", {99: np.zeros(1)}),
+        ("generated_calibration_", "0"), ("thumbnails_", {0: "picture"}), ("thumbnails_", {"0": b""}),
+        ("origins_", {0: 1}), ("probe_", 1.0), ("train_", []), ("train_", {"embeddings": [1.0]}),
+        ("held_out_", 0),
+    ],
+)  # fmt: skip
+def test_state_of_a_wrong_kind_is_named(saved_detector, tmp_path, name, value):
+    content = pickle.loads(saved_detector.read_bytes())
+
+    def packed(part):
+        if isinstance(part, dict):
+            return {k: packed(v) for k, v in part.items()}
+        return pack(torch.from_numpy(part)) if isinstance(part, np.ndarray) else part
+
+    content["state"][name] = packed(value)
+    path = tmp_path / "density.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=rf"density\.pkl was refused.*{name}"):
+        OpenSetDetector.load(path)
+
+
+@pytest.mark.parametrize("name", ["unknown", "Unknown", "no evidence", "", " ", "a ", "new\nline", "\x1b[2J"])
+def test_no_class_is_enrolled_under_a_name_that_misleads(saved_detector, name):
+    with pytest.raises(ValueError, match="a class"):
+        OpenSetDetector.load(saved_detector).enroll(name, {"embeddings": np.zeros((2, 16))})
+
+
+def test_labels_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
+    labels = [r"$\foo$", "$", "$x^2$ $", "\x00\x1b\n"]
+    draw_confusion(labels, np.ones((4, 5), int).tolist()).savefig(tmp_path / "confusion.svg")
+    crop = {"x": 0, "y": 0, "width": 9, "height": 9, "weight": 1.0, "real_score": None, "score": 1.0}
+    draw_crops(Image.new("RGB", (9, 9)), [crop | {"label": labels[0]}], (9, 9)).savefig(
+        tmp_path / "crops.png"
+    )
+    parts = {"first": labels[0], "second": labels[3], "difference": 1.0, "dimensions": [1.0], "sharing": 0.0}
+    draw_contributions(parts).savefig(tmp_path / "contributions.svg")
+    for drawing in tmp_path.glob("*.svg"):
+        ElementTree.parse(drawing)
+
+
+METRICS = [
+    "{", "[]", '"x"', '{"splits": []}', '{"splits": {"test": 1}}',
+    '{"splits": {"test": {"metrics": {"accuracy": "high"}, "intervals": {"accuracy": [0, 1]}}}}',
+    '{"splits": {"test": {"metrics": {"accuracy": 1}, "intervals": {"accuracy": "0"}}}}',
+]  # fmt: skip
+
+
+def test_metrics_that_are_none_are_named(tmp_path):
+    for measured in METRICS:
+        (tmp_path / "metrics.json").write_text(measured)
+        with pytest.raises(ValueError, match=r"metrics\.json is not what training writes"):
+            report._measured(str(tmp_path), None)
+
+
+def test_a_crop_that_takes_all_memory_is_refused(checkpoint, capsys):
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_size": 20000}))
+    assert "crop_size must be at most 2048" in refused(checkpoint, capsys)
+
+
 @settings(max_examples=300, deadline=2000, derandomize=True)
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_refused_in_bounded_time(content):
@@ -149,8 +267,6 @@ def saved_detector(tmp_path_factory):
 def refused(checkpoint: Path, capsys) -> str:
     """What the command says of a checkpoint that it does not take; it must not be a traceback."""
     image = checkpoint / "image.png"
-    from PIL import Image
-
     Image.new("RGB", (40, 40)).save(image)
     assert main(["attribute", str(image), "--model", str(checkpoint)]) == 2
     return capsys.readouterr().err
