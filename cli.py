@@ -99,7 +99,8 @@ def report(arguments: argparse.Namespace) -> int:
     check_writable(arguments.output)
     from tqdm import tqdm
 
-    from .forensics.report import Examiner, write_report
+    from .forensics.rendering import write_report
+    from .forensics.report import Examiner
 
     files = _find(arguments.images)
     examiner = Examiner(arguments.model, arguments.revision)

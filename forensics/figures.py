@@ -64,7 +64,9 @@ class EmbeddingMap:
         """The map, with one more embedding (D,) as a star."""
         figure, axes = _axes(5.2, 4, xlabel=self.axes[0], ylabel=self.axes[1])
         for k, label in enumerate(self.labels):
-            axes.scatter(*self.known[self.members == k].T, s=7, alpha=0.5, linewidths=0, label=plain(label))
+            points = self.known[self.members == k].T
+            style = {"s": 7, "alpha": 0.5, "linewidths": 0, "rasterized": True}  # small in SVG
+            axes.scatter(*points, label=plain(label), **style)
         if embedding is not None:
             point = self.reducer.transform(np.asarray(embedding, np.float32)[None])[0]
             axes.scatter(*point, s=180, marker="*", color="black", label="this image")

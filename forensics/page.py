@@ -1,10 +1,12 @@
-"""A page to drop images on: verdict first, the reasons under it, and the report to take away (Gradio)."""
+"""A page to drop images on: what the report shows, as images are examined, and the report (Gradio)."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .report import Examiner, map_of_crops, meaning_in_words, reasons_in_words, verdict_of, write_report
+from .rendering import make_case, render_cases, write_report
+from .report import Examiner
 
 try:
     import gradio
@@ -12,15 +14,24 @@ except ImportError as error:
     raise ImportError("the page needs Gradio; pip install 'protoleak[demo]'") from error
 
 MOST = 20  # images at a time
+KEPT = 3600  # seconds that uploads and reports stay on the server
 INTRODUCTION = """# Which generator made this image?
 This model knows {known}. It tells a camera, a generator, or that it can't tell, which of its classes an image
-fits, and which are ruled out. It is evidence to weigh, not proof; the report tells how often it errs."""
+fits, and which are ruled out. It is evidence to weigh, not proof.
+
+**How often it errs.** {errors}
+
+**Scope.** {scope}
+
+Files and reports are deleted from the server after {hours:g} h, and when it stops."""
 
 
-def examine_uploads(examiner: Examiner, files: list[str] | None) -> tuple[list, list, list, str]:
+def examine_uploads(
+    examiner: Examiner, files: list[str] | None, folder: Path
+) -> Iterator[tuple[str, str | None]]:
     """
-    Rows of file and verdict, rows of file and reason, pictures of where the evidence lies with their files'
-    names, and the path of the report.
+    What the page shows before each image and at the end, as HTML, with the path of the report once it is
+    written into `folder`.
 
     Raises:
         gradio.Error: no images, or more than `MOST`.
@@ -28,28 +39,17 @@ def examine_uploads(examiner: Examiner, files: list[str] | None) -> tuple[list, 
     if not files:
         raise gradio.Error("Drop at least one image.")
     if len(files) > MOST:
-        raise gradio.Error(f"At most {MOST} images at a time; use `protoleak attribute` for folders.")
-    records = [_without_folder(examiner.examine(file)) for file in files]
-    folder = Path(tempfile.mkdtemp())
-    verdicts = [[Path(record["file"]).name, verdict_of(record)] for record in records]
-    reasons = [
-        [Path(record["file"]).name, reason]
-        for record in records
-        if not record["error"]
-        for reason in (meaning_in_words(record), *reasons_in_words(record))
-    ]
-    report = write_report(examiner, records, folder / "report.html")
-    return verdicts, reasons, _maps(records, folder), str(report)
-
-
-def _maps(records: list[dict[str, Any]], folder: Path) -> list[tuple[str, str]]:
-    """Path and caption of a picture of the crops for each record that has them."""
-    maps = []
-    for i, record in enumerate(records):
-        if (figure := map_of_crops(record)) is not None:
-            figure.savefig(folder / f"{i}.png", dpi=130)
-            maps.append((str(folder / f"{i}.png"), Path(record["file"]).name))
-    return maps
+        raise gradio.Error(f"At most {MOST} images at a time; use `protoleak report` for folders.")
+    records: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = []
+    for i, file in enumerate(files, 1):
+        status = f"Examining image {i} of {len(files)}: {Path(file).name}"
+        yield render_cases(cases, status), None
+        records.append(_without_folder(examiner.examine(file)))
+        cases.append(make_case(examiner, records[-1], folders=False, drawn=False))
+    yield render_cases(cases, "Drawing the report"), None
+    report = write_report(examiner, records, folder / "report.html", folders=False)
+    yield render_cases(cases), str(report)
 
 
 def _without_folder(record: dict[str, Any]) -> dict[str, Any]:
@@ -60,27 +60,28 @@ def _without_folder(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def make_page(examiner: Examiner) -> gradio.Blocks:
-    """The page, for a checkpoint that is loaded; not yet launched."""
+def make_page(examiner: Examiner, kept: int = KEPT) -> gradio.Blocks:
+    """The page, for a checkpoint that is loaded; not yet launched. Files are deleted after `kept` seconds."""
 
-    def examine(files: list[str] | None) -> tuple:
-        return tuple(
-            gradio.update(value=value, visible=bool(value)) for value in examine_uploads(examiner, files)
-        )
+    def examine(files: list[str] | None) -> Iterator[tuple]:
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies the report while the last value is out
+            for html, report in examine_uploads(examiner, files, Path(folder)):
+                yield html, gradio.update(value=report, visible=report is not None)
 
-    known = ", ".join(examiner.network.config.label_names)
-    with gradio.Blocks(title="Proto-LeakNet") as page:
-        gradio.Markdown(INTRODUCTION.format(known=known))
+    about = examiner.about()
+    told = {
+        "known": ", ".join(about["classes"]),
+        "errors": about["errors"] or "Not measured.",
+        "scope": about["scope"] or "This checkpoint doesn't tell what images it is valid for.",
+        "hours": kept / 3600,
+    }
+    with gradio.Blocks(title="Proto-LeakNet", delete_cache=(max(1, kept // 10), kept)) as page:
+        gradio.Markdown(INTRODUCTION.format(**told))
         files = gradio.File(label="Images", file_count="multiple", type="filepath", elem_id="images")
         button = gradio.Button("Examine", variant="primary", elem_id="examine")
-        hidden = {"visible": False, "interactive": False}
-        verdicts, reasons = (
-            gradio.Dataframe(headers=["file", column], wrap=True, elem_id=f"{column}s", **hidden)
-            for column in ("verdict", "reason")
-        )
-        maps = gradio.Gallery(label="Where the evidence lies", elem_id="maps", **hidden)
-        report = gradio.File(label="Report", elem_id="report", **hidden)
-        button.click(examine, files, [verdicts, reasons, maps, report], api_name="examine")
+        results = gradio.HTML(elem_id="results")
+        report = gradio.File(label="Report", elem_id="report", visible=False, interactive=False)
+        button.click(examine, files, [results, report], api_name="examine", show_progress="hidden")
     return page
 
 

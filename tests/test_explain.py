@@ -23,14 +23,13 @@ from protoleak.forensics.figures import (
     draw_roc,
     save_figures,
 )
+from protoleak.forensics.rendering import render, write_report
 from protoleak.forensics.report import (
     Examiner,
     crops_in_words,
     meaning_in_words,
-    render,
     ruled_out_in_words,
     verdict_of,
-    write_report,
 )
 from protoleak.image_processing_protoleak import thumbnail
 
@@ -181,6 +180,10 @@ def test_the_page_is_one_file_that_fetches_and_runs_nothing(checkpoint, image, t
     assert "http://" not in page
     assert "https://" not in page
     assert page.count("data:image/svg+xml") == 5
+    assert page.index('class="overview"') < page.index('id="image-1"')
+    assert page.count('href="#image-1"') == 1
+    assert str(image) in page  # not its name alone
+    assert page.index("For an examiner") < page.index("prototype")  # jargon comes last, folded
     assert "Where the evidence lies" in page
     assert page.count("data:image/jpeg") > 0  # the training images nearest to the prototypes
 
@@ -287,7 +290,8 @@ def test_every_place_says_the_same_sentence(checkpoint, image, tmp_path, capsys)
         assert capsys.readouterr().out.count(sentence) == 1
     assert html.escape(sentence, quote=True) in render(examiner, [record]).replace("&#39;", "&#x27;")
     page = pytest.importorskip("protoleak.forensics.page")
-    assert page.examine_uploads(examiner, [str(image)])[0] == [["photo.png", sentence]]
+    *_, (shown, _) = page.examine_uploads(examiner, [str(image)], tmp_path)
+    assert html.escape(sentence) in shown.replace("&#39;", "&#x27;")
 
 
 def test_the_page_examines_uploads_and_tells_nobody_where_it_keeps_them(checkpoint, image, tmp_path):
@@ -297,19 +301,23 @@ def test_the_page_examines_uploads_and_tells_nobody_where_it_keeps_them(checkpoi
     examiner = Examiner(str(checkpoint))
     (tmp_path / "bad.png").write_text("no image")
     files = [str(image), str(tmp_path / "bad.png")]
-    verdicts, reasons, ((drawing, caption),), report = page.examine_uploads(examiner, files)
-    assert caption == "photo.png"
-    with Image.open(drawing) as picture:
-        assert min(picture.size) > 200
-    assert [name for name, _ in verdicts] == ["photo.png", "bad.png"]
-    assert "could not be examined" in verdicts[1][1]
-    assert str(tmp_path) not in verdicts[1][1]
-    assert {name for name, _ in reasons} == {"photo.png"}
-    with open(report, encoding="utf-8") as file:
-        assert "To repeat this examination" in file.read()
+    folder = tmp_path / "report"
+    steps = list(page.examine_uploads(examiner, files, folder))
+    assert [path for _, path in steps] == [None, None, None, str(folder / "report.html")]
+    assert "Examining image 1 of 2: photo.png" in steps[0][0]
+    assert "photo.png</td>" in steps[1][0]  # what is known is shown while the rest is examined
+    assert "Examining image 2 of 2: bad.png" in steps[1][0]
+    last, report = steps[-1][0], (folder / "report.html").read_text(encoding="utf-8")
+    assert "working" not in last.partition("</style>")[2]
+    for shown in (last, report):
+        assert "could not be examined" in shown
+        assert "the file makes no claim of its origin" in shown
+        assert "Examined: " in shown
+        assert str(tmp_path) not in shown.replace(str(checkpoint), "")
+    assert "To repeat this examination" in report
     for files, message in ((None, "at least one"), ([str(image)] * 21, "At most 20")):
         with pytest.raises(gradio.Error, match=message):
-            page.examine_uploads(examiner, files)
+            next(page.examine_uploads(examiner, files, folder))
     assert "This model knows real, a, b." in str(page.make_page(examiner).get_config_file())
 
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from protoleak.cli import format_row
 from protoleak.forensics.provenance import contradiction, read_provenance, summarise_provenance
-from protoleak.forensics.report import Examiner, render
+from protoleak.forensics.rendering import render
+from protoleak.forensics.report import Examiner
 
 PARAMETERS = (
     "a cat, "
