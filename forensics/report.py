@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Pipeline
 
 from ..evaluation.report import TITLES
-from ..pipeline_protoleak import CANT_TELL, RECORD_FIELDS, ImageAttributionPipeline
+from ..pipeline_protoleak import CANT_TELL, NO_EVIDENCE, RECORD_FIELDS, ImageAttributionPipeline
 from .figures import EmbeddingMap, step_in_words
 from .provenance import contradiction, summarise_provenance
 from .scan import Attributor, checkpoint_file
@@ -141,7 +141,8 @@ def how_sure(record: dict[str, Any]) -> str:
         return ""
     best, tried = record["attributions"][0], record.get("stability")
     doubted = record["contradiction"] or (tried and tried["kept"] < tried["of"])
-    grade = "not" if record["origin"] == CANT_TELL else "weakly" if doubted else "steadily"
+    told = record["origin"] != CANT_TELL and record["label"] != NO_EVIDENCE
+    grade = "not" if not told else "weakly" if doubted else "steadily"
     held = f"; held {tried['kept']} of {tried['of']} times" if tried else ""
     return f"{grade}; likeliest {best['label']} ({best['score']:.0%}){held}"
 
@@ -149,6 +150,8 @@ def how_sure(record: dict[str, Any]) -> str:
 def meaning_in_words(record: dict[str, Any]) -> str:
     """What a verdict means, and what it does not."""
     fitting = record["prediction_set"]
+    if record["label"] == NO_EVIDENCE:
+        return "Nothing is said of such a picture, as its pixels have no traces that could be told apart."
     if record["is_unknown"]:
         return (
             "The image is unlike those of every class that the model knows. It may be by a generator, or of "

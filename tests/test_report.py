@@ -9,7 +9,7 @@ from protoleak.forensics.rendering import _covered, make_case, render, render_ca
 from protoleak.forensics.report import Examiner, errors_in_words, how_sure
 
 RECORD = {
-    "file": "x.png", "error": None, "origin": "camera", "contradiction": None,
+    "file": "x.png", "error": None, "origin": "camera", "label": "real", "contradiction": None,
     "attributions": [{"label": "real", "score": 0.9}, {"label": "a", "score": 0.1}],
 }  # fmt: skip
 
@@ -21,6 +21,7 @@ def test_how_sure_a_verdict_is():
     assert how_sure(RECORD | not_held).startswith("weakly")
     assert how_sure(RECORD | held | {"contradiction": "the file itself claims"}).startswith("weakly")
     assert how_sure(RECORD | held | {"origin": "can't tell"}).startswith("not;")
+    assert how_sure(RECORD | {"origin": None, "label": "no evidence"}).startswith("not;")
     assert how_sure(RECORD | {"error": "no image", "attributions": None}) == ""
 
 
