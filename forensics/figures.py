@@ -87,7 +87,7 @@ def draw_open_set_score(calibration: Any, reason: dict[str, Any]) -> Figure:
             reason["threshold"], color=RED, linestyle="--", label=f"threshold, alpha {reason['alpha']:g}"
         )
     axes.axvline(score, color=BLUE, linewidth=2, label="this image")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left")  # looking for the best place is slow
     return figure
 
 
