@@ -118,12 +118,6 @@ class CheckpointMixin:
                 belong to these weights, or is not safe to read. With `ignore_mismatched_sizes=True`, as for
                 a new head, it is left out with a warning.
         """
-        if kwargs.get("_from_pipeline") == "image-classification":
-            logger.warning(
-                'pipeline("image-classification") gives probabilities of the known classes alone, with no '
-                '"unknown", no "can\'t tell" and no p-value; pipeline("image-attribution", model=..., '
-                "trust_remote_code=True) has them"
-            )
         name = pretrained_model_name_or_path
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         resolving = {argument: hub[argument] for argument in RESOLVING_ARGUMENTS if argument in hub}

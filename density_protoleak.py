@@ -467,6 +467,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         "generated_calibration_": optional(_is_sorted),
         "thumbnails_": of_images(bytes),
         "origins_": of_images(str),
+        "processor_": optional(lambda v: is_dict(v, lambda k: isinstance(k, str), _is_count)),
         "probe_": lambda v: isinstance(v, torch.Tensor) and v.ndim == 1,
     }
     for name, is_right in holds.items():

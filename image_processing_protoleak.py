@@ -11,12 +11,15 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
 
 from .decoding_protoleak import MAX_PIXELS, check_bounds, from_array, is_deep, shown, to_rgb
 from .evidence_protoleak import LEAST_SIDE, SUFFICIENT, lack_of_evidence
 from .files_protoleak import shown_name
 from .image_files_protoleak import open_encoded
 from .postprocessing_protoleak import TREATMENTS, postprocess, treated_size, treated_window
+
+logger = logging.get_logger(__name__)
 
 JPEG_QUALITY = 90  # that image formats are normalised by
 NUM_CROPS = (1, 4, 9, 16)
@@ -183,6 +186,17 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
         self.jpeg_quality = jpeg_quality
         self.crop_size, self.do_resize, self.resample = crop_size, do_resize, int(resample)
         self.num_crops, self.max_pixels, self.device = num_crops, max_pixels, device
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As that of [`BaseImageProcessor`]; the pipeline that has no use for a refusal is warned of."""
+        if kwargs.get("_from_pipeline") == "image-classification":  # every pipeline loads its processor so
+            logger.warning(
+                'pipeline("image-classification") gives probabilities of the known classes alone, with no '
+                '"unknown", no "can\'t tell" and no p-value; pipeline("image-attribution", model=..., '
+                "trust_remote_code=True) has them"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def settings(self) -> dict[str, int]:

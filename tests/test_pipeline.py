@@ -325,6 +325,16 @@ def test_a_model_may_give_tuples_by_its_config(checkpoint, photo, processor):
     assert records[0] == records[1]
 
 
+def test_the_classification_pipeline_says_what_it_lacks(checkpoint, photo, caplog):
+    """It reads logits alone, so that a refusal is lost."""
+    rows = pipeline("image-classification", model=str(checkpoint), trust_remote_code=True)(photo)
+    assert {row["label"] for row in rows} == set(LABELS)
+    assert 'pipeline("image-attribution"' in caplog.text
+    caplog.clear()
+    pipeline("image-attribution", model=str(checkpoint), trust_remote_code=True)
+    assert "image-classification" not in caplog.text
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 

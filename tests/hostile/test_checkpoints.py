@@ -166,7 +166,7 @@ def test_a_place_far_out_in_the_memo_is_refused(tmp_path):
         ("open_set_scores", {"other": "kde"}), ("own_calibration_", {99: np.zeros(1)}),
         ("generated_calibration_", "0"), ("thumbnails_", {0: "picture"}), ("thumbnails_", {"0": b""}),
         ("origins_", {0: 1}), ("probe_", 1.0), ("train_", []), ("train_", {"embeddings": [1.0]}),
-        ("held_out_", 0),
+        ("held_out_", 0), ("processor_", {"crop_size": "256"}),
     ],
 )  # fmt: skip
 def test_state_of_a_wrong_kind_is_named(saved_detector, tmp_path, name, value):
