@@ -226,17 +226,17 @@ def test_measuring_commands(copy, run, leakzoo_model):
 
 
 def test_the_keys_of_a_record_are_documented(capsys):
-    """records.md has four tables: the record, what the command adds, a file's claims, the explanation."""
+    """Tables of the record, of what the command adds, of stability, a file's claims, and the explanation."""
     page = (ROOT / "docs/records.md").read_text(encoding="utf-8")
     tables = re.findall(r"\| key \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)+)", page)
-    record, added, claims, explanation = (
+    record, added, stability, claims, explanation = (
         {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split("|")[1])}
         for table in tables
     )
     assert main(["explain", str(ROOT / "examples/ldm_1.png"), "--format", "json"]) == 0
     keys = json.loads(capsys.readouterr().out)
     assert set(keys["explanation"]) == explanation
-    assert set(keys) == record | added | {"explanation"}
+    assert set(keys) == record | added | stability | {"explanation"}
     assert set(keys["provenance"]) <= claims
 
 

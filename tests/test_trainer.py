@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
@@ -17,6 +18,13 @@ from . import ROOT
 from .conftest import LABELS, draw, tiny_model
 
 OWN = ["b", "real", "a"]  # the data set's order of classes, which is not the model's
+
+
+@pytest.fixture(autouse=True)
+def precision_of_its_own():
+    """What a Trainer asks for is the whole process's, until it is forgotten."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
