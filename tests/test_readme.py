@@ -105,7 +105,7 @@ def leakzoo_model(copy, run) -> Path:
 
 def in_short(command: str) -> list[str]:
     """A command line; training sees each image once, for one epoch."""
-    short = " --num_train_epochs 1 --orientations 1 --augmented_views 0 --bootstrap_resamples 20"
+    short = " --num_train_epochs 1 --orientations 1 --augmented_views 0 --bootstrap_resamples 20 --crop_size 64"
     return (command + (short if "train.py" in command else "")).split()
 
 
