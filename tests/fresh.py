@@ -28,13 +28,16 @@ class Interpreter:
 
     Args:
         folder (`Path`): Where it may write what commands print.
+        path (`Path`): Where it looks for modules first.
         missing (`Collection[str]`): Modules that it finds not installed.
     """
 
-    def __init__(self, folder: Path, missing: Collection[str] = ()):
+    def __init__(self, folder: Path, path: Path, missing: Collection[str] = ()):
         self.outputs = [str(folder / "stdout"), str(folder / "stderr")]
         command = [sys.executable, __file__, *missing]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = os.environ | {"PYTHONPATH": str(path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def run(self, command: Sequence[str], cwd: Path) -> str:
         """

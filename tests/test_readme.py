@@ -71,7 +71,7 @@ def extras_of(name: str, text: str) -> set[str]:
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
     """A copy of the clone, in which LeakZoo has every twentieth of its images: 7, 2 and 4 of each class."""
-    folder = tmp_path_factory.mktemp("readme") / "copy"
+    folder = tmp_path_factory.mktemp("readme") / "protoleak"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "*.egg-info"))
     for path in (folder / "leakzoo").glob("*.parquet"):
         images = pyarrow.parquet.read_table(path)
@@ -88,7 +88,7 @@ def run(copy, tmp_path_factory):
         missing = [module for extra in EXTRAS.keys() - extras for module in EXTRAS[extra]]
         key = tuple(sorted(missing))
         if key not in interpreters:
-            interpreters[key] = Interpreter(tmp_path_factory.mktemp("interpreter"), missing)
+            interpreters[key] = Interpreter(tmp_path_factory.mktemp("interpreter"), copy.parent, missing)
         return interpreters[key].run(command, copy)
 
     yield run
@@ -104,9 +104,14 @@ def leakzoo_model(copy, run) -> Path:
 
 
 def in_short(command: str) -> list[str]:
-    """A command line; training sees each image once, for one epoch."""
-    short = " --num_train_epochs 1 --orientations 1 --augmented_views 0 --bootstrap_resamples 20 --crop_size 64"
-    return (command + (short if "train.py" in command else "")).split()
+    """
+    A command's words; training sees one small crop of each image, for one epoch, and the model that an image
+    is enrolled in is small.
+    """
+    if "train.py" in command:
+        command += " --num_train_epochs 1 --orientations 1 --augmented_views 0 --bootstrap_resamples 20"
+        command += " --crop_size 64"
+    return (command + (" --model runs/leakzoo" if "enroll " in command else "")).split()
 
 
 @pytest.mark.parametrize("language", SNIPPETS)
