@@ -144,9 +144,7 @@ def _without_large_texts(content: bytes) -> tuple[bytes, str]:
             start = end
         else:
             total += size
-    return (b"".join([*pieces, content[start:]]) if pieces else content), ", ".join(
-        [*dict.fromkeys(unread)][:TOLD]
-    )
+    return (b"".join([*pieces, content[start:]]) if pieces else content), ", ".join(unread[:TOLD])
 
 
 def png_chunks(content: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -54,6 +54,7 @@ RESIDUALS: Residuals = (
 OF_CONTRAST: Residuals = ((_first, (1 / 4, 1 / 2, 1)),)  # the same, where contrast is normalised
 
 
+@cache
 def _patterns() -> torch.Tensor:
     """
     Which of the distinct patterns each run of four levels is, (625,): a run counts as its mirror image and as

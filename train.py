@@ -89,8 +89,7 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
         with timed("training", seconds):
             history = fit(model, data.train, data.validation, arguments, accelerator)
     with timed("evaluation", seconds):
-        fit_detector(model, data, splits["train"], cross_fitted, arguments, accelerator)
-        model.detector.processor_ = processor.settings
+        fit_detector(model, processor, data, splits["train"], cross_fitted, arguments, accelerator)
         note_scope(model, splits["train"], arguments.data_titles, arguments.scope)
         summary = summarise(model, data, splits, history, arguments, accelerator) | faults
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
@@ -134,15 +133,16 @@ def start_accelerator(arguments: TrainingArguments) -> Accelerator:
 
 
 def fit_detector(
-    model: ProtoLeakForImageAttribution, data: EncodedSplits, rows: datasets.Dataset,
-    cross_fitted: CrossFitted | None, arguments: TrainingArguments, accelerator: Accelerator,
+    model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor, data: EncodedSplits,
+    rows: datasets.Dataset, cross_fitted: CrossFitted | None, arguments: TrainingArguments,
+    accelerator: Accelerator,
 ) -> None:  # fmt: skip
     """
     Fit the open-set detector, calibrated by cross-fitting over sources or by validation images, with what is
     to be told of the images nearest to each prototype.
     """
     held_out = None if data.validation is None else predict(model, data.validation, accelerator)
-    model.fit_detector(predict(model, data.known, accelerator), held_out, cross_fitted)
+    model.fit_detector(predict(model, data.known, accelerator), held_out, cross_fitted, processor)
     if set(rows.column_names) >= ORIGIN_COLUMNS:
         origins = rows.select_columns(list(ORIGIN_COLUMNS))
         keep_origins(

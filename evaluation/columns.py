@@ -8,9 +8,10 @@ import datasets
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
+from ..fitting_protoleak import LABEL_COLUMNS
+
 SOURCE = "source"  # the column that tells where an image was collected
 UNTOLD = "not told"  # the source of images that have none, where others have
-LABELS = ("label", "labels")
 TOLD = 10  # so many rows at most are named in an error
 
 
@@ -40,7 +41,7 @@ class Columns:
         """Which column of `rows` has the labels, `None` if that is not clear."""
         if self.label:
             return self.label if self.label in rows.column_names else None
-        if named := [name for name in LABELS if name in rows.column_names]:
+        if named := [name for name in LABEL_COLUMNS if name in rows.column_names]:
             return named[0]
         numbered = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
         return numbered[0] if len(numbered) == 1 else None

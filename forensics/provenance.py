@@ -223,20 +223,20 @@ def _shorten(text: str) -> str:
 
 def _with_texts_first(content: bytes) -> bytes:
     """
-    A PNG whose texts stand behind its pixels with them before, where Pillow reads them without the pixels.
-    Those with a wrong check sum stay, as the pixels are no less good for them.
+    A PNG with the texts that stand behind its pixels moved before them, where Pillow reads them without the
+    pixels. Those with a wrong check sum stay, as the pixels are no less good for them.
     """
     start = content.find(b"IDAT") - 4
     if not content.startswith(PNG) or start < 0:
         return content
-    texts = [
-        content[begin:end]
-        for begin, end, kind in png_chunks(content)
-        if begin > start
-        and kind in (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-        and zlib.crc32(content[begin + 4 : end - 4]).to_bytes(4, "big") == content[end - 4 : end]
-    ]
-    return content[:start] + b"".join(texts) + content[start:] if texts else content
+    texts, others, place = [], [], start
+    for begin, end, kind in png_chunks(content):
+        is_text = begin > start and kind in (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+        if is_text and zlib.crc32(content[begin + 4 : end - 4]).to_bytes(4, "big") == content[end - 4 : end]:
+            texts.append(content[begin:end])
+            others.append(content[place:begin])
+            place = end
+    return b"".join([content[:start], *texts, *others, content[place:]]) if texts else content
 
 
 def _exif(image: Image.Image) -> dict[str, str]:

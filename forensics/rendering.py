@@ -40,7 +40,6 @@ def write_report(
         folders (`bool`): Whether an HTML report tells the folders of images besides their names.
     """
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if format == "json":
         text = json.dumps({"about": examiner.about(), "records": records}, indent=2) + "\n"
     else:
@@ -87,13 +86,14 @@ def make_case(examiner: Examiner, record: dict[str, Any], folders: bool, drawn: 
     }
     if record["error"]:
         return case
+    crops, size = _upright_crops(record)
     return case | {
         "thumbnail": _data_uri(thumbnail(path_of(record["file"]), THUMBNAIL), "image/jpeg"),
         "meaning": meaning_in_words(record),
-        "picture": _picture(record),
+        "picture": _picture(record, crops, size),
         "claims": summarise_provenance(record["provenance"]),
         "reasons": reasons_in_words(record),
-        "drawings": _drawings(examiner, record) if drawn else [],
+        "drawings": _drawings(examiner, record, crops, size) if drawn else [],
         "prototypes": _pictured(examiner, record) if drawn else [],
     }
 
@@ -128,9 +128,9 @@ def _upright_crops(record: dict[str, Any]) -> tuple[list[dict[str, Any]], tuple[
     return [crop | dict(zip(SIDES, box, strict=True)) for crop, box in zip(crops, boxes, strict=True)], size
 
 
-def _picture(record: dict[str, Any]) -> dict[str, Any]:
-    """The image, the crops that were examined, and how much of it they are."""
-    crops, (width, height) = _upright_crops(record)
+def _picture(record: dict[str, Any], crops: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+    """The image, its crops as [`_upright_crops`] gives them, and how much of it they are."""
+    width, height = size
     covered = _covered([tuple(crop[side] for side in SIDES) for crop in crops])
     return {
         "uri": _data_uri(thumbnail(path_of(record["file"]), PICTURE), "image/jpeg"),
@@ -154,13 +154,6 @@ def _covered(boxes: list[tuple[int, int, int, int]]) -> int:
     )
 
 
-def _map_of_crops(record: dict[str, Any]) -> Any | None:
-    """The crops of an explained record drawn on its image, a matplotlib figure; `None` where it has none."""
-    if record["error"] or not record["explanation"].get("crops"):
-        return None
-    return draw_crops(preview(path_of(record["file"]), PICTURE), *_upright_crops(record))
-
-
 def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]]:
     """The nearest prototypes, with thumbnails of the training images near them as `pictures`."""
     detector = examiner.network.detector
@@ -176,11 +169,14 @@ def _pictured(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, Any]
     return [row | {"pictures": pictures(row)} for row in record["explanation"]["prototypes"]]
 
 
-def _drawings(examiner: Examiner, record: dict[str, Any]) -> list[dict[str, str]]:
-    """Title and SVG of each drawing of a record's reasons."""
-    reason, detector = record["explanation"], examiner.network.detector
-    crops = _map_of_crops(record)
-    figures = {} if crops is None else {"Where the evidence lies": crops}
+def _drawings(
+    examiner: Examiner, record: dict[str, Any], crops: list[dict[str, Any]], size: tuple[int, int]
+) -> list[dict[str, str]]:
+    """Title and SVG of each drawing of a record's reasons, and of its crops, see [`_upright_crops`]."""
+    reason, detector, figures = record["explanation"], examiner.network.detector, {}
+    if crops:
+        shown = preview(path_of(record["file"]), PICTURE)
+        figures["Where the evidence lies"] = draw_crops(shown, crops, size)
     if reason["contributions"]:
         title = "What speaks for the first class against the second"
         figures[title] = draw_contributions(reason["contributions"])

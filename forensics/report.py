@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Pipeline
 
 from ..evaluation.report import TITLES
-from ..pipeline_protoleak import CANT_TELL, NO_EVIDENCE, RECORD_FIELDS, ImageAttributionPipeline
+from ..pipeline_protoleak import CANT_TELL, NO_EVIDENCE, REAL, RECORD_FIELDS, ImageAttributionPipeline
 from .figures import EmbeddingMap, step_in_words
 from .provenance import contradiction, summarise_provenance
 from .scan import Attributor, checkpoint_file
@@ -162,7 +162,7 @@ def meaning_in_words(record: dict[str, Any]) -> str:
     if len(fitting) > 1:
         return "The model can't rule out any of the classes that fit; the first is the likeliest."
     sentence = "Of the classes that the model knows, this one alone fits."
-    if fitting == ["real"] and record["origin"] == "can't tell":
+    if fitting == [REAL] and record["origin"] == CANT_TELL:
         return f"{sentence} But generators are not ruled out at the level that a camera needs."
     return f"{sentence} A generator that it doesn't know may leave the same traces."
 

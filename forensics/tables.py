@@ -46,10 +46,12 @@ def write_table(records: Iterable[dict[str, Any]], path: str | os.PathLike) -> N
             writer.writeheader()
             writer.writerows({_inert(name): _inert(value) for name, value in row.items()} for row in rows)
 
-    from datasets import Dataset
+    def write_parquet(partial: Path) -> None:
+        from datasets import Dataset
 
-    table = Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
-    write_whole(path, write_csv if path.suffix == ".csv" else table.to_parquet)
+        Dataset.from_list([{name: row.get(name) for name in columns} for row in rows]).to_parquet(partial)
+
+    write_whole(path, write_csv if path.suffix == ".csv" else write_parquet)
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

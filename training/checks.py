@@ -13,6 +13,7 @@ from ..configuration_protoleak import LONGEST_TEXT
 from ..evaluation.shortcuts import find_shortcuts, open_header, shortcut_warnings
 from ..evaluation.splits import SOURCE
 from ..image_processing_protoleak import open_image
+from .cross_fitting import count_sources
 
 FEW = 50  # below so many images of a class its figures mean little
 TOLD = 20  # so many unreadable images at most are named in an error
@@ -42,9 +43,8 @@ class Screen:
         return rows.select(readable) if told else rows
 
     def _fault(self, row: dict[str, Any]) -> str | None:
-        content, path = row["image"]["bytes"], row["image"]["path"]
         try:
-            open_image(path if content is None else content, self.max_pixels, name=path and str(path))
+            open_image(row["image"], self.max_pixels, name=row["image"]["path"])
         except (OSError, ValueError, MemoryError) as error:
             return str(error) or type(error).__name__
         return None
@@ -92,9 +92,7 @@ def _of_few(rows: Dataset) -> list[str]:
 def _of_one_source(rows: Dataset) -> list[str]:
     if SOURCE not in rows.column_names:
         return []
-    pairs = set(zip(rows["label"], rows[SOURCE], strict=True))
-    counts = Counter(label for label, _ in pairs)
-    alone = sorted(label for label, count in counts.items() if count == 1)
+    alone = sorted(label for label, count in count_sources(rows).items() if count == 1)
     told = ", ".join(alone)
     return [f"a single source: {told}; what is learned of these may be that source"] if alone else []
 
