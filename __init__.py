@@ -6,11 +6,10 @@ Importing it tells transformers of config, models, image processor and pipeline,
 """
 
 import sys
-from pathlib import Path
 
-if Path(sys.argv[0]).stem == "protoleak" or "protoleak.cli" in sys.orig_argv:
-    from .interruption import end_with_a_word
+from .interruption import end_with_a_word, is_command
 
+if is_command():
     sys.excepthook = end_with_a_word  # also while what follows is imported, which takes seconds
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification

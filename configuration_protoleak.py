@@ -52,7 +52,7 @@ class ProtoLeakConfig(PreTrainedConfig):
             with: `"cooccurrences"` of residuals, log `"covariances"` of neighbouring latents,
             `"cooccurrences_of_contrast"` and `"ternary_patterns"` of neighbouring pixels. See
             `texture_protoleak.py`. Each has its share of the embedding, `embedding_size` by their number,
-            and loses what its classes, less one, exceed that by.
+            rounded down, and loses what its classes, less one, exceed that by.
         scales (`list[int]`, defaults to `[1]`): By what images are reduced before the VAE encodes them: each
             adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8; others
             than 1 with `pooling="texture"`.
@@ -228,6 +228,8 @@ class ProtoLeakConfig(PreTrainedConfig):
             self._require(
                 "patch_size", fits, f"one whose square divides latent_channels = {self.latent_channels}"
             )
+            enough = self.embedding_size >= len(families)
+            self._require("embedding_size", enough, f"at least {len(families)}, one for each texture family")
             statistics = "statistics" in scores
             self._require("open_set_scores", not statistics, 'of embeddings alone with pooling="texture"')
         else:

@@ -126,6 +126,15 @@ class DetectorMixin:
             )  # fmt: skip
             self.detector = None
 
+    def _drop_detector_in_training(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            self.drop_detector("the network is being trained")
+
+    def _replicate_for_data_parallel(self):
+        """What `torch.nn.DataParallel` trains in the model's place; each could only drop its own detector."""
+        self._drop_detector_in_training()
+        return super()._replicate_for_data_parallel()
+
     def load_state_dict(self, *args, **kwargs):
         """As [`torch.nn.Module.load_state_dict`]; a detector that doesn't fit the weights is dropped."""
         result = super().load_state_dict(*args, **kwargs)

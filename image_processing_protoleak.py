@@ -201,7 +201,9 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
     @property
     def settings(self) -> dict[str, int]:
         """What pixel values depend on, besides the image."""
-        names = ("crop_size", "do_resize", "num_crops", *(["resample"] if self.do_resize else []))
+        names = ["crop_size", "do_resize", "num_crops"]
+        names += ["resample"] if self.do_resize else []
+        names += [] if self.jpeg_quality is None else ["jpeg_quality"]
         return {name: int(getattr(self, name)) for name in names}
 
     @property

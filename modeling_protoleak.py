@@ -157,6 +157,11 @@ class ProtoLeakPreTrainedModel(PrecisionMixin, CheckpointMixin, PreTrainedModel)
     _no_split_modules = []
 
     @property
+    def device(self) -> torch.device:
+        """Of the weights; a replica of `torch.nn.DataParallel`, too, has those, but no `parameters()`."""
+        return self.base_model.encoder.device
+
+    @property
     def supports_gradient_checkpointing(self) -> bool:
         """Whether the backbone does; textures have none."""
         backbone = getattr(self.base_model.encoder, "backbone", None)
@@ -385,25 +390,21 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
                 cross-entropy plus `attention_entropy_weight * (log T - H(alpha))`, which keeps the attention
                 from collapsing.
         """
-        if self.training and torch.is_grad_enabled():
-            self.drop_detector("the network is being trained")
-        output = self.classify(pixel_values, latents, features, labels, output_noisy_latents)
+        self._drop_detector_in_training()
+        inputs = {"pixel_values": pixel_values, "latents": latents, "features": features}
+        output = self.classify(labels, **inputs, output_noisy_latents=output_noisy_latents)
         if self.detector is not None and not self.training:  # the boundary: NumPy from here on
             output = ImageAttributionOutput(**output, **self.detector.verdict(output))
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
     @without_autocast
-    def classify(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        latents: torch.FloatTensor | Sequence[torch.FloatTensor] | None = None,
-        features: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        output_noisy_latents: bool = False,
-    ) -> ImageAttributionOutput:
-        """[`~ProtoLeakForImageAttribution.forward`] but for the open-set verdict: pure torch."""
-        model = self.protoleak(pixel_values, latents, features, output_noisy_latents, return_dict=True)
+    def classify(self, labels: torch.LongTensor | None = None, **inputs: Any) -> ImageAttributionOutput:
+        """
+        [`~ProtoLeakForImageAttribution.forward`] but for the open-set verdict: pure torch. `inputs` are those
+        of [`ProtoLeakModel`].
+        """
+        model = self.protoleak(**inputs, return_dict=True)
         logits, loss = self.head(model.embeddings, model.gates), None
         if labels is not None:
             loss = F.cross_entropy(logits, labels) + self._attention_loss(model.temporal_weights.float())

@@ -4,6 +4,7 @@ them, and a dtype that is asked for is that of the frozen VAE, which has nearly 
 Embeddings of a network rounded to half precision would not fit the detector.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+ACCELERATOR = torch.accelerator.current_accelerator()
+DEVICE_TYPES = ("cpu",) if ACCELERATOR is None else ("cpu", ACCELERATOR.type)
 
 
 class PrecisionMixin:
@@ -66,14 +69,16 @@ def without_autocast(method: Callable) -> Callable:
     """A method of a module, run with autocast off; the first time that it was on, a warning says so."""
 
     @functools.wraps(method)
-    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(module.parameters()).device.type
-        if torch.is_autocast_enabled(device):
+    def run(*args: Any, **kwargs: Any) -> Any:
+        enabled = [device for device in DEVICE_TYPES if torch.is_autocast_enabled(device)]
+        if enabled:
             logger.warning_once(
                 "mixed precision is off within this model: its network is float32. To have the VAE compute "
                 "in another dtype, ask for that with from_pretrained(dtype=) or model.to(dtype)"
             )
-        with torch.autocast(device, enabled=False):
-            return method(module, *args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device in enabled:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return method(*args, **kwargs)
 
     return run

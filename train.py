@@ -10,6 +10,9 @@ Every image passes the VAE once a view: its latents, or what is pooled of them, 
 `datasets` cache, keyed by all that they depend on.
 """
 
+if __name__ == "__main__":
+    import protoleak  # noqa: F401  first, as it gives Ctrl-C a word while all else is imported
+
 import dataclasses
 import json
 import logging

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 HUB_ID = "org/protoleak"
@@ -195,7 +197,13 @@ def rows() -> dict:
     return ROWS
 
 
-def run_task(task: dict):
+def timed(task: dict) -> tuple[Any, float]:
+    """What [`run_task`] gives, and the seconds that it took."""
+    start = time.monotonic()
+    return run_task(task), time.monotonic() - start
+
+
+def run_task(task: dict) -> dict | str:
     """One column or row: what it found, or how it failed."""
     import diffusers.utils.dynamic_modules_utils
     import transformers.dynamic_module_utils
@@ -219,7 +227,7 @@ def run_task(task: dict):
 
 
 def run_tasks(tasks: list[dict], site: Path, hf_home: Path) -> list:
-    """What each task found, in fresh processes of the bare environment."""
+    """What each task found, and its seconds, in fresh processes of the bare environment."""
     environment = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
     environment |= {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "HF_HOME": str(hf_home)}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -240,15 +248,16 @@ def answer_tasks() -> None:
     torch.set_num_threads(1)
     tasks = json.loads(sys.stdin.read())
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        print(json.dumps(pool.map(run_task, tasks, chunksize=1)))
+        print(json.dumps(pool.map(timed, tasks, chunksize=1)))
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
-def matrix(checkpoint: Path, folder: Path, dataset: str, images: list[str]) -> tuple[dict, dict]:
+def matrix(checkpoint: Path, folder: Path, dataset: str, images: list[str]) -> tuple[dict, dict, dict]:
     """
-    Differences by column and loader, and what each row of `hub_rows` found ("yes", or how it failed).
+    Differences by column and loader, what each row of `hub_rows` found ("yes", or how it failed), and the
+    seconds of each column and row.
 
     Args:
         checkpoint (`Path`): What all is made from.
@@ -274,19 +283,21 @@ def matrix(checkpoint: Path, folder: Path, dataset: str, images: list[str]) -> t
     ] + [common | {"row": row, "expected": expected["local"]} for row in rows()]
     for i, task in enumerate(tasks):
         task["folder"] = str(folder / "tasks" / str(i))
-    found = run_tasks(tasks, folder / "site", folder / "hf")
-    return dict(zip(columns, found, strict=False)), dict(zip(rows(), found[len(columns) :], strict=True))
+    found = dict(zip([*columns, *rows()], run_tasks(tasks, folder / "site", folder / "hf"), strict=True))
+    seconds = {name: taken for name, (_, taken) in found.items()}
+    return {name: found[name][0] for name in columns}, {name: found[name][0] for name in rows()}, seconds
 
 
-def print_matrix(columns: dict, rows: dict) -> None:
+def print_matrix(columns: dict, rows: dict, seconds: dict[str, float]) -> None:
     print("| loader | " + " | ".join(columns) + " |")
     print("| --- " * (len(columns) + 1) + "|")
     for loader in LOADERS:
         cells = (f"{c[loader]:.1e}" if isinstance(c, dict) else "failed" for c in columns.values())
         print(f"| {loader} | " + " | ".join(cells) + " |")
-    print("\n| what is done | as users expect |\n| --- | --- |")
+    print("| seconds | " + " | ".join(f"{seconds[name]:.0f}" for name in columns) + " |")
+    print("\n| what is done | as users expect | seconds |\n| --- | --- | --- |")
     for row, found in rows.items():
-        print(f"| {row} | {'yes' if found == 'yes' else 'no'} |")
+        print(f"| {row} | {'yes' if found == 'yes' else 'no'} | {seconds[row]:.0f} |")
     for name, found in (columns | rows).items():
         if isinstance(found, str) and found != "yes":
             print(f"\n{name}: {found}")

@@ -93,6 +93,10 @@ def test_a_normalised_format_stays_with_the_checkpoint(tmp_path, folder, recipe,
     plain = ProtoLeakImageProcessor(**processor.to_dict() | {"jpeg_quality": None})
     np.testing.assert_array_equal(processor.pixel_values(image), plain.pixel_values(encoded))
     assert (processor.pixel_values(image) != plain.pixel_values(image)).any()
+    model = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "run")
+    model.check_processor(processor)
+    with pytest.raises(ValueError, match="'jpeg_quality': 90"):
+        model.check_processor(plain)
 
 
 def test_the_head_of_a_card_is_what_the_hub_indexes(trained, tmp_path):

@@ -17,6 +17,7 @@ from protoleak.cli import main
 from protoleak.files_protoleak import check_writable, path_of, whole_folder
 from protoleak.forensics.scan import Attributor, scan
 
+from . import ROOT
 from .test_image_files import encoded
 
 NAMES = (
@@ -161,10 +162,11 @@ def test_ctrl_c_is_a_word_at_any_time(monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-@pytest.mark.parametrize("start", [["-m", "protoleak.cli"], ["protoleak"]])
+@pytest.mark.parametrize("start", [["-m", "protoleak.cli"], ["protoleak"], [str(ROOT / "train.py")]])
 def test_ctrl_c_is_a_word_while_the_package_is_imported(start, tmp_path):
     """As if it came during the first import that takes long; also of the script that pip writes."""
-    (tmp_path / "transformers.py").write_text("raise KeyboardInterrupt")
+    for name in ("transformers", "torch", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
     (tmp_path / "protoleak").write_text("from protoleak.cli import main")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}

@@ -59,6 +59,7 @@ def test_wrong_values_are_named(field, value):
         ("texture_families", "cooccurrences"),
         ("patch_size", 3),  # 12 channels are no planes of nine places
         ("open_set_scores", {"statistics": "kde"}),
+        ("embedding_size", 1),  # of two families
     ],
 )
 def test_what_texture_needs_is_named(field, value):

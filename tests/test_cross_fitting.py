@@ -18,6 +18,9 @@ from protoleak.training.cross_fitting import (
     join_learned,
     source_folds,
 )
+from protoleak.training.initialisation import begin_as, make_samples
+
+from .conftest import TEXTURE, tiny_model
 
 # --- folds --------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ def draw_samples(views: int = 1, seed: int = 0) -> tuple[Samples, np.ndarray]:
             for _ in range(views)
         ]
         families.append(torch.from_numpy(np.concatenate(draws)).float())
-    return Samples(families, torch.from_numpy(labels), num_labels=3, max_axes=8), sources
+    return Samples(families, torch.from_numpy(labels), num_labels=3, embedding_size=16), sources
 
 
 def squared_distances(
@@ -186,7 +189,7 @@ def altered(samples: Samples, images: np.ndarray, views: int, relabelled: bool) 
         rows = np.concatenate([images + 90 * view for view in range(views)])
         for family in families:
             family[rows] = family[rows] * -3 + 5
-    return Samples(families, labels, num_labels=3, max_axes=8)
+    return Samples(families, labels, num_labels=3, embedding_size=16)
 
 
 @pytest.mark.parametrize("relabelled", [False, True])
@@ -223,6 +226,24 @@ def test_the_scores_of_a_fold_are_those_of_a_model_without_it():
         np.testing.assert_allclose(found.class_scores[held_out], expected, atol=1e-3 * np.abs(expected).max())
     assert torch.equal(found.labels, samples.labels)
     assert found.num_sources.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("embedding_size", [10, 11])
+def test_open_set_scores_are_those_of_embeddings_of_the_networks_size(embedding_size):
+    """Also where the families can't share D evenly: unused dimensions count in a density."""
+    parts = {"pooling": "texture", "embedding_size": embedding_size}
+    model = tiny_model(**TEXTURE | parts | {"scales": [1]})
+    torch.manual_seed(0)
+    views = torch.randn(60, 1, sum(model.protoleak.encoder.parts.values())).abs()
+    labels, fitted = torch.arange(60) % 3, np.arange(60) % 5 > 0
+    samples = make_samples(model, views, labels)
+    found = cross_fit(samples, SETTINGS, np.where(fitted, 0, 1), np.full(3, 5), "kde", real=None)
+    begin_as(model, samples, fitted, SETTINGS)
+    with torch.no_grad():
+        embeddings = model.protoleak(features=views[:, :, None].expand(-1, -1, 2, -1)).embeddings
+    kde = OPEN_SET_SCORES["kde"]().fit(embeddings[fitted], labels[fitted])
+    expected = kde.score_samples(embeddings[~fitted])
+    np.testing.assert_allclose(found.open_set_scores["embeddings"][~fitted], expected, rtol=1e-3)
 
 
 def test_strangers_are_scored_by_a_model_without_their_class():

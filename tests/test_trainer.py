@@ -1,6 +1,7 @@
 """What `Trainer` and its tutorials do with a checkpoint."""
 
 import copy
+import sys
 from pathlib import Path
 
 import evaluate
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from . import ROOT
 from .conftest import LABELS, draw, tiny_model
 
+CHANGES = [{"crop_size": 64}, {"do_resize": False}, {"num_crops": 4}, {"resample": 0}, {"jpeg_quality": 90}]
 OWN = ["b", "real", "a"]  # the data set's order of classes, which is not the model's
 
 
@@ -137,6 +139,23 @@ def test_a_training_step_drops_the_detector_and_nothing_else_does(fitted_model, 
     assert fitted_model.eval()(latents=latents).p_values is None
 
 
+def test_replicas_are_trained_like_the_model(fitted_model, monkeypatch):
+    """As by `torch.nn.DataParallel`, which `Trainer` takes on several GPUs; here they are CPUs."""
+    replicating = sys.modules["torch.nn.parallel.replicate"]
+    to_each = lambda tensors, devices, detach: [list(tensors) for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", to_each)
+    monkeypatch.setattr(replicating, "_get_device_index", lambda device, optional: device)
+    pixel_values, labels = torch.rand(6, 3, 32, 32) * 2 - 1, torch.arange(6) % 3
+    with torch.no_grad():
+        evaluated, _ = replicating.replicate(fitted_model, [0, 1])
+        assert torch.equal(evaluated(pixel_values).logits, fitted_model(pixel_values).logits)
+    assert fitted_model.detector is not None
+    for replica in replicating.replicate(fitted_model.train(), [0, 1]):
+        replica(pixel_values, labels=labels).loss.backward()
+    assert fitted_model.detector is None
+    assert fitted_model.head.prototypes.grad.abs().sum() > 0
+
+
 def test_other_weights_drop_the_detector(fitted_model, caplog):
     same = copy.deepcopy(fitted_model.state_dict())
     fitted_model.load_state_dict(same)
@@ -173,7 +192,7 @@ def test_other_preprocessing_than_the_detectors_is_refused(data, tmp_path, caplo
     loaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path)
     for fitted in (model, loaded):
         ImageAttributionPipeline(model=fitted, image_processor=processor)(rows[0]["image"])
-        for changes in ({"crop_size": 64}, {"do_resize": False}, {"num_crops": 4}, {"resample": 0}):
+        for changes in CHANGES:
             other = ProtoLeakImageProcessor(**{"crop_size": 32} | changes)
             with pytest.raises(ValueError, match="fitted on images prepared with"):
                 ImageAttributionPipeline(model=fitted, image_processor=other)(rows[0]["image"])

@@ -52,13 +52,18 @@ class Samples:
             the first view first.
         labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1.
         num_labels (`int`): K.
-        max_axes (`int`): Axes that each discriminant may have.
+        embedding_size (`int`): D, of which each family's discriminant has its share.
     """
 
     families: list[torch.Tensor]
     labels: torch.Tensor
     num_labels: int
-    max_axes: int
+    embedding_size: int
+
+    @property
+    def max_axes(self) -> int:
+        """Axes that each discriminant may have: what D leaves over is of none."""
+        return self.embedding_size // len(self.families)
 
     def fit(self, images: np.ndarray, shrinkages: Sequence[Sequence[float]]) -> list[list[Discriminant]]:
         """Discriminants of some images (mask, (num_images,)) in all their views: by family and shrinkage."""
@@ -273,7 +278,7 @@ class _Network:
     def __init__(self, samples: Samples, settings: Settings, images: np.ndarray):
         shrinkages = [(shrinkage,) for shrinkage in settings.shrinkages]
         self.discriminants = [d[0] for d in samples.fit(images, shrinkages)]
-        self.scales, self.size = settings.scales, samples.max_axes * len(samples.families)
+        self.scales, self.size = settings.scales, samples.embedding_size
 
     def class_scores(self, families: list[torch.Tensor]) -> torch.Tensor:
         """(m, F) for each family -> (m, K)"""

@@ -138,8 +138,7 @@ def begin_across_sources(
 def make_samples(model: ProtoLeakForImageAttribution, pooled: torch.Tensor, labels: torch.Tensor) -> Samples:
     """Features (n, S, P) of all views of images with labels (num_images,), as discriminants see them."""
     families = model.protoleak.encoder.family_features(pooled)
-    max_axes = model.config.embedding_size // len(families)
-    return Samples(families, labels, model.config.num_labels, max_axes)
+    return Samples(families, labels, model.config.num_labels, model.config.embedding_size)
 
 
 def begin_as(
