@@ -168,7 +168,7 @@ class ProtoLeakConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Numbers of classes may be strings, as JSON and tutorials have them."""
+        """Numbers of classes may be strings, as JSON and tutorials have them; `label2id` goes with `id2label`."""
         if name == "id2label" and value is not None:
             value = {int(k): label for k, label in value.items()}
             if sorted(value) != list(range(len(value))):
@@ -178,6 +178,8 @@ class ProtoLeakConfig(PreTrainedConfig):
         if name == "label2id" and value is not None:
             value = {label: int(k) for label, k in value.items()}
         super().__setattr__(name, value)
+        if name == "id2label" and value is not None:
+            self.label2id = {label: k for k, label in value.items()}
 
     @property
     def label_names(self) -> list[str]:

@@ -188,7 +188,6 @@ class DetectorMixin:
                 new[k] = old[known[name]]
         self.head.prototypes = torch.nn.Parameter(new)
         self.config.id2label = dict(enumerate(names))
-        self.config.label2id = {name: k for k, name in enumerate(names)}
         self.detector = self.config.scope = None
 
     @torch.no_grad()
@@ -248,7 +247,8 @@ class DetectorMixin:
         if detector.labels != names:
             raise ValueError(
                 f"the detector was fitted for {detector.labels}, but this model's are {names}; to train for "
-                f"these, load it with ignore_mismatched_sizes=True, which leaves the detector out"
+                f"these, load it without, by ignore_mismatched_sizes=True, and fit one after training with "
+                f"model.fit_open_set(dataset)"
             )
         tolerance = 0.1 if self.vae.dtype in (torch.float16, torch.bfloat16) else 1e-3
         expected = detector.probe_.float()

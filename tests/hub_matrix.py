@@ -53,6 +53,17 @@ def make_kinds(checkpoint: Path, folder: Path, dataset: str, enroll: list[str]) 
     }
 
 
+def some_of_leakzoo(target: Path) -> str:
+    """A data set of every twentieth image of LeakZoo."""
+    import pyarrow.parquet
+
+    target.mkdir()
+    for path in (ROOT / "leakzoo").glob("*.parquet"):
+        images = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(images.take(list(range(0, len(images), 20))), target / path.name)
+    return str(target)
+
+
 def scores_of_package(source: str, image: str) -> dict[str, float]:
     """Class probabilities and the open-set score of an image by the package."""
     import protoleak
@@ -261,7 +272,7 @@ def matrix(checkpoint: Path, folder: Path, dataset: str, images: list[str]) -> t
 
     Args:
         checkpoint (`Path`): What all is made from.
-        folder (`Path`): An empty one.
+        folder (`Path`): Where all is written.
         dataset (`str`): To fine-tune on.
         images (`list[str]`): What is scored, the first, and enrolled.
     """
@@ -310,7 +321,8 @@ def main() -> None:
     checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT).resolve()
     images = sorted(str(path) for path in (ROOT / "examples").glob("*.png"))
     with tempfile.TemporaryDirectory() as folder:
-        print_matrix(*matrix(checkpoint, Path(folder), str(ROOT / "leakzoo"), images[-3:]))
+        dataset = some_of_leakzoo(Path(folder) / "data")
+        print_matrix(*matrix(checkpoint, Path(folder), dataset, images[-3:]))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def test_the_head_of_a_card_is_what_the_hub_indexes(trained, tmp_path):
     assert {result.dataset_type for result in card.data.eval_results} == {"imagefolder"}
     assert "No picture of a training image" in card.text
     assert 'pip install "torch>=' in card.text
+    assert "`model.fit_open_set(dataset)`" in card.text
     model = ProtoLeakForImageAttribution.from_pretrained(trained.checkpoint)
     hub = HubFacts(license="mit", base_model="someone/base", datasets=["someone/images"])
     model.detector.thumbnails_ = {0: b"", 1: b""}

@@ -124,5 +124,7 @@ def test_classes_may_be_numbered_by_strings(checkpoint):
     for config in (model.config, tiny_config(id2label=id2label, label2id=label2id)):
         assert config.label_names == ["real", "a", "b"]
         assert config.label2id == {"real": 0, "a": 1, "b": 2}
+    other = ProtoLeakConfig.from_pretrained(checkpoint, id2label={0: "x", 1: "real"})
+    assert other.label2id == {"x": 0, "real": 1}, "not those of before"
     with pytest.raises(ValueError, match=r"must name classes 0\.\.1; got those of \[1, 2\]"):
         tiny_config(id2label={1: "a", 2: "b"})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from protoleak import OpenSetDetector
 from protoleak.cli import main
 from protoleak.image_files_protoleak import find_images
 
@@ -34,6 +35,7 @@ SNIPPETS = {
         "README.md": ["transformers import pipeline"],
         "usage.md": ["explain=True", "AutoModelForImageClassification", "DiffusionPipeline", "evaluate.load"],
         "publishing.md": ["upload_folder"],
+        "training.md": ["Trainer"],
     },
     "bash": {
         "README.md": ["protoleak attribute examples/", TEST_COMMAND],
@@ -178,6 +180,10 @@ def test_training_and_enrolling_commands(copy, run, leakzoo_model):
             for i in range(count):
                 example = find_images([copy / "examples"])[i + (label == "mine")]
                 shutil.copy(example, copy / "FOLDER" / split / label / f"{i}.png")
+    trainer = snippet("training.md", "Trainer", "python").replace('"."', '"runs/leakzoo"')
+    run(["python", "-c", trainer.replace("epochs=3", "epochs=1")])
+    detector = OpenSetDetector.load(copy / "runs/tuned/density.pkl")
+    assert (detector.labels, len(detector.held_out_["labels"])) == (["mine", "real"], 4)
     examples = " ".join(f"examples/{path.name}" for path in find_images([copy / "examples"])[:3])
     markers = ("train.py --dataset", "train.py --model", "protoleak enroll")
     for command in "".join(snippet("training.md", marker) for marker in markers).strip().splitlines():
