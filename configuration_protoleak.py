@@ -168,7 +168,7 @@ class ProtoLeakConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Numbers of classes may be strings, as JSON and tutorials have them; `id2label` takes `label2id` along."""
+        """Numbers may be strings, as JSON and tutorials have them; `label2id` goes with `id2label`."""
         if name == "id2label" and value is not None:
             value = {int(k): label for k, label in value.items()}
             if sorted(value) != list(range(len(value))):
