@@ -89,8 +89,8 @@ def explain(arguments: argparse.Namespace) -> int:
         if arguments.format == "json":
             print(json.dumps(record), flush=True)
         else:
-            lines = (format_row(record), *map(printable, explanation_lines(record)), scope, "")
-            print(*lines, sep="\n", flush=True)
+            reasons = [] if record["error"] else [*map(printable, explanation_lines(record)), scope, ""]
+            print(format_row(record), *reasons, sep="\n", flush=True)
     return 1 if failed else 0
 
 

@@ -7,8 +7,10 @@ import http.client
 import io
 import logging
 import os
+import queue
 import stat
 import struct
+import threading
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from .files_protoleak import read_file, shown_name
+from .files_protoleak import MAX_BYTES, read_file, shown_name
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ JPEG_XL = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 PNG = b"\x89PNG\r\n\x1a\n"
 UNREAD_TEXTS = "texts not read"  # key of `Image.info`
+PIECE = 1 << 16  # bytes of a URL that are taken at a time
 
 
 @functools.cache
@@ -62,10 +65,11 @@ def open_encoded(source: Any, name: str, timeout: float | None = None) -> Image.
 
     Args:
         name (`str`): What errors call it; the suffix tells formats that have no signature, such as TGA.
-        timeout (`float`, *optional*): Seconds to wait for a URL.
+        timeout (`float`, *optional*): Seconds that a URL may take in all.
 
     Raises:
-        OSError: there is no regular file, or it is not an image of a format that is read.
+        OSError: there is no regular file, it is not an image of a format that is read, or a URL gives more
+            than `MAX_BYTES`, or takes longer than `timeout`.
         ValueError: the source is of another type, or its header tells more pixels than Pillow takes.
     """
     content, unread = _without_large_texts(_content(source, name, timeout))
@@ -84,6 +88,8 @@ def open_encoded(source: Any, name: str, timeout: float | None = None) -> Image.
 
 
 def _why_not_read(content: bytes) -> str:
+    if not content:
+        return "is empty"
     if _is_heif(content):
         return "is HEIF; pip install 'protoleak[heif]' to read it, or convert it to PNG"
     if content.startswith(JPEG_XL):
@@ -104,11 +110,7 @@ def _content(source: Any, name: str, timeout: float | None) -> bytes:
             source.seek(0)
         return source.read()
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(source, timeout=timeout) as response:
-                return response.read()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise OSError(f"{name} can't be fetched: {error}") from error
+        return _fetched(source, name, timeout)
     if isinstance(source, str) and source.startswith("data:"):
         return _from_base64(source.partition(",")[2], name)
     if isinstance(source, str) and len(source) > 1024 and not os.path.exists(source[:255]):
@@ -119,6 +121,37 @@ def _content(source: Any, name: str, timeout: float | None) -> bytes:
         f"an image is a path, URL, bytes, file, PIL image, array or tensor; got {name}. Pass several as "
         f"one flat list, and of a data set its column of images"
     )
+
+
+def _fetched(url: str, name: str, timeout: float | None) -> bytes:
+    """What a URL gives, by a thread that can be left to itself: a server may send its bytes one by one."""
+    answers: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+    is_late = threading.Event()
+    threading.Thread(target=_fetch, args=(url, timeout, answers, is_late), daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        is_late.set()
+        answer = TimeoutError(f"it takes longer than timeout = {timeout:g} seconds")
+    if isinstance(answer, Exception):
+        raise OSError(f"{name} can't be fetched: {answer}") from answer
+    return answer
+
+
+def _fetch(url: str, timeout: float | None, answers: queue.SimpleQueue, is_late: threading.Event) -> None:
+    content = bytearray()
+    try:
+        silence = None if timeout is None else 2 * timeout  # who waits gives up before
+        with urllib.request.urlopen(url, timeout=silence) as response:
+            while not is_late.is_set() and (piece := response.read(PIECE)):
+                content += piece
+                if len(content) + (response.length or 0) > MAX_BYTES:
+                    raise OSError(f"it has more than {MAX_BYTES} bytes, the most that is read")
+            if response.length:
+                raise http.client.IncompleteRead(bytes(content), response.length)
+        answers.put(bytes(content))
+    except Exception as error:  # noqa: BLE001 (whatever it is, who waits is told)
+        answers.put(error)
 
 
 def _from_base64(text: str, name: str) -> bytes:
@@ -181,41 +214,43 @@ def find_images(paths: list[str | Path]) -> list[Path]:
     """
     The files among `paths`, each once, with folders searched recursively for images, by content and not by
     name, each folder in sorted order. One line is logged of the rest: how many files are no images, and
-    their names. Links to folders are not followed, so that a loop of them can't catch the search; they are
-    told too.
+    their names. Links to folders are not followed, so that a loop of them can't catch the search; another
+    line tells them.
 
     What can't be told to be no image stays, so that opening it reports it: a path that does not exist, a
     folder or file that can't be read, a pipe or device, and a file that is named like an image.
     """
     files: list[Path] = []
     others: list[Path] = []
-    for path in map(Path, paths):
-        if os.path.isdir(path):
-            found, rest = _search(path)
-            files += found
-            others += rest
-        else:
-            files.append(path)
-    if others:
-        names = [shown_name(path) for path in others[:TOLD]]
-        more = f" and {len(others) - TOLD} more" if len(others) > TOLD else ""
-        what = "1 file is no image" if len(others) == 1 else f"{len(others)} files are not images"
-        logger.warning(f"{what} that can be read: {', '.join(names)}{more}")
+    links: list[Path] = []
+    for path in paths:
+        if not os.fspath(path):
+            raise ValueError("a path is empty; name a file or a folder, the current one as .")
+        files += _search(Path(path), others, links) if os.path.isdir(path) else [Path(path)]
+    _tell("1 file is no image", "{} files are not images", "that can be read", others)
+    _tell("1 link to a folder is", "{} links to folders are", "not followed; name it to search it", links)
     return list(dict.fromkeys(files))
 
 
-def _search(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, with what can't be told to be none, and the other files."""
+def _tell(one: str, several: str, what: str, paths: list[Path]) -> None:
+    if paths:
+        names = ", ".join(map(shown_name, sorted(paths)[:TOLD]))
+        more = f" and {len(paths) - TOLD} more" if len(paths) > TOLD else ""
+        count = one if len(paths) == 1 else several.format(len(paths))
+        logger.warning(f"{count} {what}: {names}{more}")
+
+
+def _search(folder: Path, others: list[Path], links: list[Path]) -> list[Path]:
+    """The images below a folder, with what can't be told to be none; the rest joins `others` and `links`."""
     images: list[Path] = []
-    others: list[Path] = []
     refused: list[OSError] = []
     for place, folders, names in os.walk(folder, onerror=refused.append):
-        others += [path for name in folders if (path := Path(place, name)).is_symlink()]
+        links += [path for name in folders if (path := Path(place, name)).is_symlink()]
         for name in names:
             if not name.startswith("._") and name not in IGNORED:
                 path = Path(place, name)
                 (images if _may_be_image(path) else others).append(path)
-    return sorted(images) + [Path(error.filename) for error in refused], sorted(others)
+    return sorted(images) + [Path(error.filename) for error in refused]
 
 
 def _may_be_image(path: Path) -> bool:

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 JPEG_QUALITY = 90  # that image formats are normalised by
 NUM_CROPS = (1, 4, 9, 16)
 LARGEST_CROP = 2048
-TIMEOUT = 20.0  # seconds to wait for a URL
+TIMEOUT = 20.0  # seconds that a URL may take
 
 
 def open_image(
@@ -42,11 +42,12 @@ def open_image(
             (C, H, W) with 1, 3 or 4 channels: uint8 in [0, 255], uint16 in [0, 65535], or floating point in
             [0, 1].
         max_pixels (`int`): Larger images are refused before they are decoded.
-        timeout (`float`, *optional*): Seconds to wait for a URL; without end with `None`.
+        timeout (`float`, *optional*): Seconds that a URL may take in all; without end with `None`.
         name (`str`, *optional*): What errors call it.
 
     Raises:
-        OSError: the file is missing, no regular file, unreadable, truncated, or not an image.
+        OSError: the file is missing, no regular file, unreadable, truncated, not an image, or, from a URL, of
+            more than `MAX_BYTES` of `files_protoleak.py`.
         ValueError: the image is too large, or would take too long to decode, see `decoding_protoleak.py`, or
             the array, or an image's values, have no image's shape, type or range.
     """

@@ -87,7 +87,9 @@ def make_case(examiner: Examiner, record: dict[str, Any], folders: bool, drawn: 
     if record["error"]:
         return case
     crops, size = _upright_crops(record)
+    claim = record["provenance"]["claim"]
     return case | {
+        "claimed": None if claim is None or record["contradiction"] else claim["words"],
         "thumbnail": _data_uri(thumbnail(path_of(record["file"]), THUMBNAIL), "image/jpeg"),
         "meaning": meaning_in_words(record),
         "picture": _picture(record, crops, size),

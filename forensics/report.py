@@ -196,8 +196,6 @@ def crops_in_words(crops: list[dict[str, Any]], shown: int = 3) -> list[str]:
 
 def explanation_lines(record: dict[str, Any]) -> list[str]:
     """What the verdict means, reasons and the file's claims: for a terminal, below the verdict."""
-    if record["error"]:
-        return [f"  {verdict_of(record)}"]
     reasons = reasons_in_words(record)
     reasons += [f"the file's claim: {claim}" for claim in summarise_provenance(record["provenance"])]
     return [f"  {meaning_in_words(record)}", *(f"  - {reason}" for reason in reasons)]

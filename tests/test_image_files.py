@@ -105,11 +105,23 @@ def test_only_regular_files_are_opened(tmp_path, caplog):
     for name, error in errors.items():
         assert patterns[name] in error
         assert str(tmp_path / name) in error
-    assert caplog.messages == [f"1 file is no image that can be read: {tmp_path}/again"]
+    assert caplog.messages == [f"1 link to a folder is not followed; name it to search it: {tmp_path}/again"]
     with pytest.raises(OSError, match="device"):
         read_file("/dev/zero")
     with pytest.raises(OSError, match="folder"):
         read_file(tmp_path)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    """What a script passes whose variable is not set."""
+    with pytest.raises(ValueError, match="a path is empty"):
+        find_images([""])
+
+
+def test_an_empty_file_is_called_so(tmp_path):
+    (tmp_path / "sent.jpg").write_bytes(b"")
+    with pytest.raises(OSError, match=r"sent\.jpg is empty"):
+        open_image(tmp_path / "sent.jpg")
 
 
 def test_what_may_not_be_read_is_told(tmp_path, monkeypatch):

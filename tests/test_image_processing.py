@@ -1,16 +1,18 @@
 import base64
+import contextlib
 import functools
 import http.server
 import inspect
 import io
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from protoleak import ProtoLeakImageProcessor
+from protoleak import ProtoLeakImageProcessor, image_files_protoleak
 from protoleak.decoding_protoleak import orientation_of, turned
 from protoleak.image_processing_protoleak import open_image, preview
 
@@ -50,9 +52,49 @@ def test_urls_are_fetched(photo, processor, tmp_path):
 def test_a_url_that_never_answers_is_given_up(photo):
     with socket.create_server(("127.0.0.1", 0)) as server:  # it takes calls, and says nothing
         url = f"http://127.0.0.1:{server.getsockname()[1]}/photo.png"
-        with pytest.raises(OSError, match="can't be fetched: timed out"):
+        with pytest.raises(OSError, match=r"can't be fetched: it takes longer than timeout = 0\.1 seconds"):
             open_image(url, timeout=0.1)
     assert 0 < inspect.signature(open_image).parameters["timeout"].default < 60
+
+
+class BadServer(http.server.BaseHTTPRequestHandler):
+    """Answers that are too long, said or not, too short, or come byte by byte."""
+
+    def do_GET(self):  # noqa: N802 (the library's name)
+        told = {"/told.png": 10**6, "/short.png": 3000}.get(self.path)
+        self.send_response(200)
+        if told:
+            self.send_header("Content-Length", str(told))
+        self.end_headers()
+        slow = self.path == "/slow.png"
+        with contextlib.suppress(OSError):  # it goes away in the middle
+            for _ in range(1 if told else 10**4):
+                self.wfile.write(b"." if slow else bytes(1000))
+                time.sleep(0.02 if slow else 0)
+
+    def log_message(self, *arguments):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("endless", "it has more than 5000 bytes"),
+        ("told", "it has more than 5000 bytes"),
+        ("short", "2000 more expected"),
+        ("slow", "it takes longer than timeout = 1 seconds"),
+    ],
+)
+def test_what_a_url_may_take_is_bounded(name, error, monkeypatch):
+    monkeypatch.setattr(image_files_protoleak, "MAX_BYTES", 5000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadServer) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        begin = time.monotonic()
+        with pytest.raises(OSError, match=rf"{name}\.png can't be fetched: .*{error}"):
+            open_image(f"http://127.0.0.1:{server.server_port}/{name}.png", timeout=1)
+        assert time.monotonic() - begin < 5
+        server.shutdown()
 
 
 def test_a_dict_without_an_image_is_refused():

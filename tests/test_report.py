@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from protoleak.forensics.rendering import _covered, make_case, render, render_cases
 from protoleak.forensics.report import Examiner, errors_in_words, how_sure
 
@@ -64,7 +64,7 @@ def test_an_overview_comes_first(checkpoint, photo, tmp_path, monkeypatch):
     files[2].write_text("no image")
     examiner = Examiner(str(checkpoint))
     records = [examiner.examine(file) for file in files]
-    page = render(examiner, records)
+    page = render(examiner, records).replace("<wbr>", "")
     overview = page[page.index('class="overview"') : page.index("</table>")]
     rows = overview.split("<tr>")[1:]
     assert len(rows) == 3
@@ -81,6 +81,27 @@ def test_an_overview_comes_first(checkpoint, photo, tmp_path, monkeypatch):
     assert "Examining image 4" in part
     assert "<section" not in part  # the overview alone, while it works
     assert render_cases(cases).count("<section") == 3
+
+
+def test_the_overview_has_the_claim_of_a_file(checkpoint, photo, tmp_path):
+    """Whatever the verdict; where it contradicts it, the contradiction has it."""
+    path = tmp_path / "dream.png"
+    photo.save(path, pnginfo=_parameters("a cat\nSteps: 20, Sampler: Euler a, Model: dream_8"))
+    examiner = Examiner(str(checkpoint))
+    record = examiner.examine(path)
+    claim = record["provenance"]["claim"]["words"]
+    for contradiction in (None, f"the file itself claims otherwise: {claim}"):
+        case = make_case(examiner, record | {"contradiction": contradiction}, folders=False, drawn=False)
+        page = render_cases([case])
+        overview = page[page.index('class="overview"') : page.index("</table>")]
+        assert overview.count(claim) == 1
+        assert ("The file itself claims: " in overview) == (contradiction is None)
+
+
+def _parameters(text: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    return info
 
 
 def test_what_was_examined_is_drawn_on_the_upright_image(checkpoint, tmp_path):
