@@ -36,7 +36,7 @@ def assert_no_sideways_scroll(driver) -> None:
     for width in (1280, 390):
         metrics = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        assert driver.execute_script("return document.documentElement.clientWidth") == width
+        assert driver.execute_script("return innerWidth") == width
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
