@@ -2,10 +2,8 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
-
-from protoleak.forensics.page import make_page
-from protoleak.forensics.report import Examiner
 
 HERE = Path(__file__).parent
 
@@ -15,7 +13,13 @@ def main() -> None:
     parser.add_argument("--model", default=os.environ.get("PROTOLEAK_MODEL", str(HERE)))
     parser.add_argument("--port", type=int, default=None, help="default: the first free one from 7860")
     arguments = parser.parse_args()
-    make_page(Examiner(arguments.model)).launch(server_port=arguments.port)
+    try:
+        from protoleak.forensics.page import make_page
+        from protoleak.forensics.report import Examiner
+
+        make_page(Examiner(arguments.model)).launch(server_port=arguments.port)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"app.py: {error}")
 
 
 if __name__ == "__main__":

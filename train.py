@@ -35,7 +35,7 @@ from protoleak.evaluation.protocol import Evaluation, evaluate_model
 from protoleak.evaluation.report import format_summary
 from protoleak.evaluation.splits import load_splits
 from protoleak.explanation_protoleak import keep_origins, keep_thumbnails
-from protoleak.files_protoleak import whole_folder
+from protoleak.files_protoleak import check_writable, whole_folder
 from protoleak.forensics.figures import draw_evaluation, save_figures
 from protoleak.training.arguments import TrainingArguments, hub_id, public_name
 from protoleak.training.card import HubFacts, write_card
@@ -68,6 +68,7 @@ def train(arguments: TrainingArguments, vae: torch.nn.Module | None = None) -> d
         arguments ([`TrainingArguments`]): Of the run.
         vae (`torch.nn.Module`, *optional*): The autoencoder, instead of the one that `arguments` name.
     """
+    check_writable(arguments.output_dir, is_folder=True)
     accelerator, seconds = start_accelerator(arguments), {}
     if arguments.push_to_hub and accelerator.is_main_process:
         prepare_repository(arguments.push_to_hub, arguments.private)
@@ -130,6 +131,10 @@ def start_accelerator(arguments: TrainingArguments) -> Accelerator:
         project_dir=arguments.output_dir,
     )
     if arguments.report_to:
+        if not accelerator.log_with:  # Accelerate leaves out, without a word, what is not installed
+            raise ImportError(
+                f"--report_to {arguments.report_to} needs it; pip install {arguments.report_to}"
+            )
         accelerator.init_trackers("protoleak", config=dataclasses.asdict(arguments))
     set_seed(arguments.seed)
     return accelerator
@@ -202,11 +207,11 @@ def save(
 
 
 def main() -> int:
-    arguments = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()[0]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells of each file of each epoch's state
     datasets.disable_progress_bars() if not sys.stderr.isatty() else None
     try:
+        (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
         summary = train(arguments)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"train.py: {error}")

@@ -4,12 +4,13 @@ import html
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
+from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor, app
 from protoleak.cli import format_row, main
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.protocol import Evaluation, evaluate_splits
@@ -279,6 +280,14 @@ def test_explain_prints_reasons_and_goes_on_after_a_bad_file(checkpoint, image, 
     for words in ("attention over timesteps", "saved again", "open-set score"):
         assert words in printed
     assert "what was looked at: " in printed
+
+
+def test_the_page_without_its_extra_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "protoleak.forensics.page", raising=False)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    with pytest.raises(SystemExit, match=r"app\.py: the page needs Gradio; pip install 'protoleak\[demo\]'"):
+        app.main()
 
 
 def test_every_place_says_the_same_sentence(checkpoint, image, tmp_path, capsys):

@@ -399,6 +399,20 @@ def test_ctrl_c_is_a_word(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("stopped; the same command goes on after its last epoch\n")
 
 
+def test_what_is_asked_for_in_vain_is_told_before_any_work(tmp_path, folder, recipe, monkeypatch):
+    """A tracker that is not installed, a place that can't be written, an argument that there is not."""
+    monkeypatch.setattr("protoleak.train.load_data", lambda arguments: pytest.fail("it has begun"))
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        train(arguments(tmp_path, folder, recipe, report_to="tensorboard"))
+    (tmp_path / "file").write_text("of another")
+    with pytest.raises(OSError, match="file can't be written"):
+        train(arguments(tmp_path, folder, recipe, output_dir=str(tmp_path / "file")))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "3"])
+    with pytest.raises(SystemExit, match=r"train\.py: .*--epochs"):
+        main()
+
+
 def test_training_never_holds_many_latents(trained, monkeypatch, tmp_path):
     """Rows come from files when they are asked for. Nothing else in training is in half precision."""
     alive = []
