@@ -25,7 +25,7 @@ from .explanation_protoleak import explain
 from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
-from .texture_protoleak import PrincipalPlane
+from .texture_protoleak import PrincipalPlane, in_threads
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
@@ -325,9 +325,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             weights[:, 0] = torch.where(weights.sum(dim=1) > 0, weights[:, 0], 1.0)
             chosen = weights.flatten().nonzero()[:, 0]
             weights = weights / weights.sum(dim=1, keepdim=True)
-        noisy = [self.simulate(latents[chosen]) for latents in whitened]  # (BV, T, C, H, W) each
-        pooled = [self.encoder.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in noisy]
-        features = torch.stack(pooled, dim=1)  # (BV, S, T, P)
+        features = self.pool([latents[chosen] for latents in whitened])
         described = {"features": features, "noisy_latents": None}
         if len(views) == 2:
             crops = features.new_zeros(len(whitened[0]), *features.shape[1:]).index_copy(0, chosen, features)
@@ -337,6 +335,21 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         if output_noisy_latents:
             described["noisy_latents"] = self.simulate(whitened[0]).unflatten(0, views)
         return described
+
+    def pool(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+        """
+        What the encoder pools of z_t, from whitened z_0 at each scale, (N, C, H, W) each: (N, S, T, P). Of
+        textures a CPU takes crop by crop, which then stay in its caches.
+        """
+
+        def pool(*of_crops: torch.Tensor) -> torch.Tensor:
+            noisy = [self.simulate(latents) for latents in of_crops]  # (n, T, C, H, W) each
+            pooled = [self.encoder.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in noisy]
+            return torch.stack(pooled, dim=1)
+
+        if self.training or not self.encoder.is_frozen or self.device.type != "cpu":
+            return pool(*pyramid)
+        return torch.cat(in_threads(pool, *(latents.split(1) for latents in pyramid)))
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
         """z_0 as it is noised, (N, C, H, W) -> (N, C, H, W)"""

@@ -9,7 +9,8 @@ normalised as by Mittal et al. ("No-Reference Image Quality Assessment in the Sp
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -19,33 +20,43 @@ from torch.nn import functional as F
 TRUNCATION = 2  # residuals are quantised to -2..2
 LEVELS = 2 * TRUNCATION + 1
 RUN = 4  # neighbours in a row that are counted together
+DIRECTIONS = (-1, -2)  # along rows, along columns
 CONTRAST_WINDOW = 7  # side of the square whose mean and deviation a pixel is compared with
 CONTRAST_FLOOR = 1 / 16  # added to that deviation, in units of the plane's own
 SQUARE_STEP = 0.6  # contrast is quantised by, where squares of it are counted
 SPACINGS = (1, 2)  # between the corners of such a square
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))  # a pixel's neighbours in turn
+NOT_ABOVE = range(3, 7)  # those of them whose row is not above
 RADII = (1, 2, 4)  # how far away they are
 THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
+LANES = 4  # counts of neighbours are kept apart, as a CPU waits where one is changed twice in a row
 NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
 RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
 
 
-def _first(plane: torch.Tensor) -> torch.Tensor:
-    return plane[..., 1:] - plane[..., :-1]
+def _windows(plane: torch.Tensor, count: int, along: int, spacing: int = 1) -> list[torch.Tensor]:
+    """Views of a plane, each so many pixels further along a dimension than the one before, of one shape."""
+    size = plane.shape[along] - (count - 1) * spacing
+    return [plane.narrow(along, i * spacing, size) for i in range(count)]
 
 
-def _second(plane: torch.Tensor) -> torch.Tensor:
-    return (plane[..., 2:] + plane[..., :-2]) / 2 - plane[..., 1:-1]
+def _first(plane: torch.Tensor) -> list[torch.Tensor]:
+    return [after - before for before, after in (_windows(plane, 2, along) for along in DIRECTIONS)]
 
 
-def _laplace(plane: torch.Tensor) -> torch.Tensor:
-    inner = plane[..., 1:-1, 1:-1]
-    across = plane[..., 1:-1, 2:] + plane[..., 1:-1, :-2]
-    return (across + plane[..., 2:, 1:-1] + plane[..., :-2, 1:-1]) / 4 - inner
+def _second(plane: torch.Tensor) -> list[torch.Tensor]:
+    triples = (_windows(plane, 3, along) for along in DIRECTIONS)
+    return [(after + before) / 2 - middle for before, middle, after in triples]
 
 
-Residuals = tuple[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[float, ...]], ...]
-# differences along a row, and the steps they are quantised by, in units of the plane's standard deviation
+def _laplace(plane: torch.Tensor) -> list[torch.Tensor]:
+    (left, middle, right), (above, _, below) = (_windows(plane, 3, along) for along in DIRECTIONS)
+    across, down = (left + right)[..., 1:-1, :], (above + below)[..., 1:-1]
+    return [(across + down) / 4 - middle[..., 1:-1, :]]
+
+
+Residuals = tuple[tuple[Callable[[torch.Tensor], list[torch.Tensor]], tuple[float, ...]], ...]
+# differences along rows and columns, and the steps they are quantised by, in the plane's standard deviations
 RESIDUALS: Residuals = (
     (_first, (1 / 8, 1 / 4)),
     (_second, (1 / 16, 1 / 8, 1 / 4)),
@@ -77,32 +88,56 @@ def cooccurrences(plane: torch.Tensor, residuals: Residuals = RESIDUALS) -> torc
 
     Args:
         plane: (N, H, W) in units of its standard deviation over many images; H and W at least 6.
-        residuals: Differences along a row, and their steps in the plane's units.
+        residuals: Differences, along rows and columns alike, and their steps in the plane's units.
 
     Returns:
         (N, NUM_PATTERNS times the number of steps), float32; NUM_COOCCURRENCES by default.
     """
-    patterns = _patterns().to(plane.device)
     described = []
     for residual, steps in residuals:
-        directions = [residual(plane), residual(plane.mT)]  # of a turned plane, so that turns count alike
+        differences = residual(plane)
         for step in steps:
-            counts = sum(_count_runs((x / step).round().clamp(-TRUNCATION, TRUNCATION)) for x in directions)
-            shares = counts / counts.sum(dim=1, keepdim=True)
-            merged = shares.new_zeros(len(shares), NUM_PATTERNS).index_add(1, patterns, shares)
-            described.append(merged.sqrt())
+            counts = sum(_count_runs(_levels(x, step)) for x in differences)
+            described.append(_roots_of_shares(counts, _patterns()))
     return torch.cat(described, dim=1)
 
 
+def _levels(values: torch.Tensor, step: float) -> torch.Tensor:
+    """In steps, at most TRUNCATION of them, as 0..LEVELS-1, int16."""
+    levels = (values / step).round_().clamp_(-TRUNCATION, TRUNCATION)
+    return levels.add_(TRUNCATION).to(torch.int16)
+
+
 def _count_runs(levels: torch.Tensor) -> torch.Tensor:
-    """Runs of four along rows and along columns: (N, H, W) in -2..2 -> counts (N, 625)"""
-    levels = (levels + TRUNCATION).to(torch.int16)
-    counts = torch.zeros(len(levels), LEVELS**RUN, device=levels.device)
-    for grid in (levels, levels.mT):
-        pairs = grid[..., :-1] * LEVELS + grid[..., 1:]
-        runs = (pairs[..., :-2] * LEVELS**2 + pairs[..., 2:]).flatten(1).long()
-        counts = counts.scatter_add(1, runs, torch.ones_like(runs, dtype=counts.dtype))
-    return counts
+    """Runs of four along rows and along columns: (N, H, W) in 0..4 -> counts (N, 625)"""
+    counts = []
+    for along in DIRECTIONS:
+        pairs = _joined(*_windows(levels, 2, along), LEVELS)
+        runs = _joined(*_windows(pairs, 2, along, spacing=2), LEVELS**2)
+        counts.append(_count(runs, LEVELS**RUN))
+    return sum(counts)
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor, base: int) -> torch.Tensor:
+    """Two digits as one number."""
+    return torch.add(second, first, alpha=base)
+
+
+def _count(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each of 0..size-1 occurs in each image: (N, H, W), int16 -> (N, size), int64"""
+    if codes.device.type != "cpu":
+        apart = codes + size * torch.arange(len(codes), device=codes.device)[:, None, None]
+        return torch.bincount(apart.flatten(), minlength=len(codes) * size).view(len(codes), size)
+    lanes = (torch.arange(codes.shape[2]) % LANES * size).to(torch.int16)
+    counts = [torch.bincount((image + lanes).flatten(), minlength=LANES * size) for image in codes]
+    return torch.stack(counts).view(len(codes), LANES, size).sum(dim=1)
+
+
+def _roots_of_shares(counts: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
+    """Square roots of how often each pattern occurs: counts (N, L) and the pattern of each (L,) -> (N, P)"""
+    merged = counts.new_zeros(len(counts), int(patterns.max()) + 1)
+    merged = merged.index_add(1, patterns.to(counts.device), counts)
+    return (merged / counts.sum(dim=1, keepdim=True)).sqrt()
 
 
 @cache
@@ -132,31 +167,27 @@ def cooccurrences_of_contrast(plane: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, NUM_COOCCURRENCES_OF_CONTRAST), float32.
     """
-    values = plane[:, None]
-    mean, square = _around(values), _around(values.square())
+    mean, square = _around(plane), _around(plane.square())
     deviation = (square - mean.square()).clamp_min(0).sqrt()
-    contrast = ((values - mean) / (deviation + CONTRAST_FLOOR))[:, 0]
-    levels = ((contrast / SQUARE_STEP).round().clamp(-TRUNCATION, TRUNCATION) + TRUNCATION).long()
+    contrast = (plane - mean) / (deviation + CONTRAST_FLOOR)
+    levels = _levels(contrast, SQUARE_STEP)
     described = [cooccurrences(contrast, OF_CONTRAST)]
     for spacing in SPACINGS:
-        rows = levels[..., :-spacing] * LEVELS + levels[..., spacing:]
-        squares = rows[:, :-spacing] * LEVELS**2 + rows[:, spacing:]
-        described.append(_roots_of_shares(squares.flatten(1), _square_patterns()))
+        rows = _joined(*_windows(levels, 2, -1, spacing), LEVELS)
+        squares = _joined(*_windows(rows, 2, -2, spacing), LEVELS**2)
+        described.append(_roots_of_shares(_count(squares, LEVELS**4), _square_patterns()))
     return torch.cat(described, dim=1)
 
 
-def _roots_of_shares(codes: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """Square roots of how often each pattern occurs: codes (N, L), long, and the pattern of each -> (N, P)"""
-    counts = torch.zeros(len(codes), len(patterns), device=codes.device)
-    counts = counts.scatter_add(1, codes, torch.ones_like(codes, dtype=counts.dtype))
-    merged = counts.new_zeros(len(codes), int(patterns.max()) + 1)
-    return (merged.index_add(1, patterns.to(codes.device), counts) / codes.shape[1]).sqrt()
-
-
-def _around(values: torch.Tensor) -> torch.Tensor:
-    """The mean of the square around each pixel, (N, 1, H, W), mirrored at the border."""
-    padded = F.pad(values, [CONTRAST_WINDOW // 2] * 4, mode="reflect")
-    return F.avg_pool2d(padded, CONTRAST_WINDOW, stride=1)
+def _around(plane: torch.Tensor) -> torch.Tensor:
+    """The mean of the square around each pixel, (N, H, W), mirrored at the border."""
+    total = F.pad(plane[:, None], [CONTRAST_WINDOW // 2] * 4, mode="reflect")[:, 0]
+    for along in DIRECTIONS:
+        first, second, *others = _windows(total, CONTRAST_WINDOW, along)
+        total = first + second
+        for other in others:
+            total += other
+    return total / CONTRAST_WINDOW**2
 
 
 @cache
@@ -190,14 +221,25 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
     described = []
     for radius in RADII:
         height, width = (size - 2 * radius for size in plane.shape[1:])
-        corners = [(radius * (1 + i), radius * (1 + j)) for i, j in RING]
-        middle = plane[:, radius : radius + height, radius : radius + width]
-        differences = [plane[:, i : i + height, j : j + width] - middle for i, j in corners]
-        rings = torch.zeros(middle.shape, dtype=torch.int16, device=plane.device)
-        for difference in differences:
-            rings = rings * 3 + 1 + (difference > THRESHOLD) - (difference < -THRESHOLD).to(torch.int16)
-        described.append(_roots_of_shares(rings.flatten(1).long(), _ring_patterns()))
+        rings = torch.full((len(plane), height, width), 3**8 // 2, dtype=torch.int16, device=plane.device)
+        for place in NOT_ABOVE:
+            down, right = (radius * step for step in RING[place])
+            signs, left = _signs(plane, down, right), max(0, -right)
+            here = signs[:, radius:, radius - left :]
+            across = signs[:, radius - down :, radius - right - left :]  # of which it is the negative
+            rings.add_(here[:, :height, :width], alpha=3 ** (7 - place))
+            rings.sub_(across[:, :height, :width], alpha=3 ** (7 - (place + 4) % 8))
+        described.append(_roots_of_shares(_count(rings, 3**8), _ring_patterns()))
     return torch.cat(described, dim=1)
+
+
+def _signs(plane: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Whether the pixel so far away is brighter by the threshold, 1, or darker, -1, where there is one, int16."""
+    height, width, left = plane.shape[1] - down, plane.shape[2] - abs(right), max(0, -right)
+    here = plane[:, :height, left : left + width]
+    there = plane[:, down:, left + right : left + right + width]
+    steps = (there - here).div_(2 * THRESHOLD).round_().clamp_(-1, 1)
+    return steps.to(torch.int16)
 
 
 def log_covariance(latents: torch.Tensor) -> torch.Tensor:
@@ -212,9 +254,12 @@ def log_covariance(latents: torch.Tensor) -> torch.Tensor:
         (N, 2 C (4 C + 1)), float32.
     """
     size = latents.shape[1] * NEIGHBOURHOOD**2
-    positions = F.unfold(latents, NEIGHBOURHOOD)  # (N, 4C, L)
-    positions = positions - positions.mean(dim=2, keepdim=True)
-    covariance = (positions @ positions.mT / positions.shape[2]).double()
+    centred = latents - latents.mean(dim=(2, 3), keepdim=True)
+    rows = _windows(centred, NEIGHBOURHOOD, -2)
+    squares = [window for row in rows for window in _windows(row, NEIGHBOURHOOD, -1)]
+    positions = torch.stack(squares, dim=2).flatten(1, 2).flatten(2)  # (N, 4C, L)
+    mean = positions.mean(dim=2, keepdim=True)  # next to nothing, by then
+    covariance = (positions @ positions.mT / positions.shape[2] - mean @ mean.mT).double()
     values, vectors = torch.linalg.eigh(covariance + RIDGE * torch.eye(size).to(covariance))
     logarithm = (vectors * values.clamp_min(RIDGE / 2).log()[:, None]) @ vectors.mT
     rows, columns = torch.triu_indices(size, size, device=latents.device)
@@ -264,3 +309,19 @@ class PrincipalPlane(nn.Module):
         """(N, C, H, W) -> (N, p H, p W)"""
         places = torch.einsum("kc,nchw->nkhw", self.readout, latents) + self.offset[:, None, None]
         return F.pixel_shuffle(places, self.patch_size)[:, 0]
+
+
+@torch.no_grad()
+def in_threads(function: Callable[..., torch.Tensor], *arguments: Iterable) -> list[torch.Tensor]:
+    """
+    `map(function, *arguments)` by as many threads as PyTorch computes with, each of which computes alone:
+    counting is no operation that PyTorch shares out. Nothing is recorded for gradients.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return list(map(function, *arguments))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(torch.no_grad()(function), *arguments))
+    finally:
+        torch.set_num_threads(threads)  # where threads share one setting

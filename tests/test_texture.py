@@ -147,9 +147,8 @@ def test_contrast_is_in_units_of_the_deviation_around():
     contrast = (image - windows.mean(axis=2)) / (windows.std(axis=2) + 1 / 16)
     described = cooccurrences_of_contrast(torch.from_numpy(image[None]).float())[0]
     assert described.shape == (NUM_COOCCURRENCES_OF_CONTRAST,) == (3 * 169 + 2 * 120,)
-    runs = cooccurrences(
-        torch.from_numpy(contrast[None]), ((lambda x: x[..., 1:] - x[..., :-1], (0.25, 0.5, 1)),)
-    )
+    differences = lambda x: [x.diff(dim=-1), x.diff(dim=-2)]  # noqa: E731
+    runs = cooccurrences(torch.from_numpy(contrast[None]), ((differences, (0.25, 0.5, 1)),))
     torch.testing.assert_close(described[:507], runs[0], atol=1e-5, rtol=0)
     levels = np.clip(np.round(contrast / 0.6), -2, 2)
     orders = turns([(0, 0), (0, 1), (1, 0), (1, 1)], 2)
