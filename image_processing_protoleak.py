@@ -289,7 +289,9 @@ class ProtoLeakImageProcessor(BaseImageProcessor):
 
     def _stacked(self, crops: list[Image.Image]) -> np.ndarray:
         arrays = [_reflect_pad(np.asarray(crop), self.crop_size) for crop in crops]
-        pixels = np.stack(arrays).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        pixels = np.stack(arrays).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        pixels /= 127.5
+        pixels -= 1
         return pixels[0] if self.num_crops == 1 else pixels
 
     def crop_boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -369,10 +371,13 @@ def stack_crops(images: list[np.ndarray]) -> np.ndarray:
     (B, V, 3, S, S) with V the most crops that one of them has. Those with fewer are filled up with crops of
     zeros, which are flat and so carry no evidence.
     """
-    most = max(len(crops) for crops in images)
     if images[0].ndim == 3:
         return np.stack(images)
-    return np.stack([np.pad(crops, [(0, most - len(crops))] + [(0, 0)] * 3) for crops in images])
+    most = max(len(crops) for crops in images)
+    batch = np.zeros((len(images), most, *images[0].shape[1:]), np.float32)
+    for row, crops in zip(batch, images, strict=True):
+        row[: len(crops)] = crops
+    return batch
 
 
 def _spread(free: int, count: int) -> list[int]:

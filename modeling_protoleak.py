@@ -9,6 +9,7 @@ latent channels, height, width.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,11 +216,17 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
         flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
         pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
-        encoded = [encode_with(self.vae, pixels) for pixels in pyramid]
+        encoded = [self._encode(pixels) for pixels in pyramid]
         if len(views) > 1:
             varied = (flat.flatten(2).amax(dim=2) > flat.flatten(2).amin(dim=2)).any(dim=1)
             encoded = [latents * varied.to(latents)[:, None, None, None] for latents in encoded]
         return [latents.unflatten(0, views) for latents in encoded]
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w) -> (N, C, H, W), float32"""
+        if self.vae.device.type != "cpu":
+            return encode_with(self.vae, pixel_values)
+        return torch.cat(in_threads(partial(encode_with, self.vae), pixel_values.split(1)))
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """

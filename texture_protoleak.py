@@ -9,7 +9,7 @@ normalised as by Mittal et al. ("No-Reference Image Quality Assessment in the Sp
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -125,12 +125,18 @@ def _joined(first: torch.Tensor, second: torch.Tensor, base: int) -> torch.Tenso
 
 def _count(codes: torch.Tensor, size: int) -> torch.Tensor:
     """How often each of 0..size-1 occurs in each image: (N, H, W), int16 -> (N, size), int64"""
-    if codes.device.type != "cpu":
-        apart = codes + size * torch.arange(len(codes), device=codes.device)[:, None, None]
-        return torch.bincount(apart.flatten(), minlength=len(codes) * size).view(len(codes), size)
-    lanes = (torch.arange(codes.shape[2]) % LANES * size).to(torch.int16)
-    counts = [torch.bincount((image + lanes).flatten(), minlength=LANES * size) for image in codes]
-    return torch.stack(counts).view(len(codes), LANES, size).sum(dim=1)
+    count, _, width = codes.shape
+    apart = (codes + _tables(count, width, size, codes.device)).flatten()
+    counts = torch.bincount(apart, minlength=count * LANES * size)
+    return counts.view(count, LANES, size).sum(dim=1)
+
+
+@cache
+def _tables(count: int, width: int, size: int, device: torch.device) -> torch.Tensor:
+    """Where the counts of each image and lane begin, (N, 1, W)."""
+    lanes = torch.arange(width, device=device) % LANES
+    begins = (torch.arange(count, device=device)[:, None, None] * LANES + lanes) * size
+    return begins.to(torch.int16 if count * LANES * size < 2**15 else torch.int32)
 
 
 def _roots_of_shares(counts: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
@@ -312,13 +318,13 @@ class PrincipalPlane(nn.Module):
 
 
 @torch.no_grad()
-def in_threads(function: Callable[..., torch.Tensor], *arguments: Iterable) -> list[torch.Tensor]:
+def in_threads(function: Callable[..., torch.Tensor], *arguments: Sequence) -> list[torch.Tensor]:
     """
     `map(function, *arguments)` by as many threads as PyTorch computes with, each of which computes alone:
     counting is no operation that PyTorch shares out. Nothing is recorded for gradients.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or len(arguments[0]) < 2:
         return list(map(function, *arguments))
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

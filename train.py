@@ -4,7 +4,7 @@ Train Proto-LeakNet on any image data set with `datasets` and Accelerate.
     python train.py                                             # LeakZoo, from scratch
     python train.py --dataset_name FOLDER --output_dir runs/mine
     python train.py --model_name_or_path runs/leakzoo --dataset_name leakzoo FOLDER  # add FOLDER's classes
-    accelerate launch train.py ...                              # on several processes or machines
+    torchrun --nproc-per-node 2 train.py ...                    # on several processes or machines
 
 Every image passes the VAE once a view: its latents, or what is pooled of them, are cached under the
 `datasets` cache, keyed by all that they depend on.
@@ -37,6 +37,7 @@ from protoleak.evaluation.splits import load_splits
 from protoleak.explanation_protoleak import keep_origins, keep_thumbnails
 from protoleak.files_protoleak import check_writable, whole_folder
 from protoleak.forensics.figures import draw_evaluation, save_figures
+from protoleak.processes import join_processes
 from protoleak.training.arguments import TrainingArguments, hub_id, public_name
 from protoleak.training.card import HubFacts, write_card
 from protoleak.training.checks import Screen, look_for_faults, note_scope
@@ -125,6 +126,7 @@ def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def start_accelerator(arguments: TrainingArguments) -> Accelerator:
     """Accelerate with the run's precision and tracker, and everything random seeded."""
+    join_processes()
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to,

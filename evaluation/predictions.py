@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ..image_processing_protoleak import ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
+from ..processes import join_processes
 from ..training.latents import LatentCache, LatentDataset
 from .columns import Columns
 from .splits import held_out_images
@@ -162,6 +163,7 @@ class Subject:
             raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
         processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
         splits = held_out_images(dataset, model.config.label_names, unknown, columns, config_name)
+        join_processes()
         accelerator = Accelerator()
         return cls(model.to(accelerator.device), processor, splits, accelerator)
 

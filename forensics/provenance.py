@@ -241,7 +241,7 @@ def _with_texts_first(content: bytes) -> bytes:
 
 def _exif(image: Image.Image) -> dict[str, str]:
     try:
-        tags = image.getexif()
+        tags = Image.Image.getexif(image)  # that of PNG decodes the pixels, to find what is now before them
         named = {ExifTags.TAGS.get(tag, str(tag)): value for tag, value in tags.items()}
         comment = tags.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, "")
     except Exception as error:  # noqa: BLE001 (Pillow raises many kinds for damaged EXIF)

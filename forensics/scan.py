@@ -2,7 +2,7 @@
 Attribution of many files: workers read and decode while the model runs, records are written as they come,
 and a run that was stopped goes on where it was.
 
-Under `accelerate launch` the files are shared out over the processes; the main one joins their records.
+Under `torchrun` the files are shared out over the processes; the main one joins their records.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from ..image_files_protoleak import find_images
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image, stack_crops
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..pipeline_protoleak import RECORD_FIELDS, records_of, with_stability
+from ..processes import join_processes
 from .provenance import contradiction, read_provenance
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Attributor:
         self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
         self.name, self.revision, self.stability = printable(str(model)), revision, stability
         self.network.drop_decoder()
-        self.network.to(PartialState().device)
+        self.network.to(join_processes().device)
         self.weights = weight_digests(model, **hub)
         self.facts = {
             "model": self.name,
@@ -233,7 +234,7 @@ def scan(
         OSError: it can't be written; what was done stays there.
         ValueError: what is there was not written by this model.
     """
-    state = PartialState()
+    state = join_processes()
     target = Path(output) if output else None
     if target and state.is_main_process:
         _prepare(target, resume, attributor)

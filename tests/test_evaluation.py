@@ -375,13 +375,13 @@ def test_two_processes_evaluate_as_one_does(trained, tmp_path):
     command = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(trained.folder)]
     command += ["--noise_seeds", "1"]
     assert main([*command, "--output_dir", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*launch, "-m", "protoleak.cli", *command, "--output_dir", str(tmp_path / "two")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    assert run.stderr.count("2 processes share the work") == 1
     one, two = (
         Evaluation.from_dict(json.loads((tmp_path / run / "evaluation.json").read_text())).main
         for run in ("one", "two")

@@ -182,11 +182,11 @@ def test_two_processes_give_what_one_gives(checkpoint, folder, tmp_path):
     alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
     command = ["attribute", str(folder), "--model", str(checkpoint), "--output"]
     assert main([*command, str(alone)]) == 1  # two files are no images
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*launch, "-m", "protoleak.cli", *command, str(shared)], capture_output=True, text=True
     )
+    assert run.stderr.count("2 processes share the work") == 1
     assert "2 of 13 files could not be read" in run.stderr, run.stderr
     assert_same(lines(shared), lines(alone))
     assert not list(tmp_path.glob("*.part*"))

@@ -257,11 +257,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(trained, tmp_path, fol
 def test_two_processes_train_one_checkpoint(tmp_path, folder, recipe):
     """Sharded latents, one summary, and metrics that one process gives again."""
     wanted = arguments(tmp_path, folder, recipe, num_train_epochs=3)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}  # nothing is encoded yet
     run = subprocess.run([*launch, *as_words(wanted)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert run.stderr.count("2 processes share the work") == 1
     assert run.stdout.count("Macro AUC") == 1
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())["splits"]["test"]["metrics"]
     model, cache = load(tmp_path / "run")
