@@ -105,26 +105,26 @@ def postprocess(image: Image.Image, operator: str, strength: float | None = None
     Args:
         image (`PIL.Image.Image`): RGB.
         operator (`str`): One of `OPERATORS`, or of `CHAINS`: that many random ones of random strengths.
-        strength (`float`, *optional*): What the operator takes, see `OPERATORS`; a chain takes none.
+        strength (`float`, *optional*): What the operator takes, see `OPERATORS`, where one is drawn from if
+            it is not given; a chain takes none.
         seed (`int`): With the pixels, fixes what is random.
 
     Returns:
         `PIL.Image.Image` in RGB. Only "crop" changes the size.
 
     Raises:
-        ValueError: the operator is unknown, or a strength is missing.
+        ValueError: the operator is unknown.
     """
     if operator not in OPERATORS and operator not in CHAINS:
         raise ValueError(f"operator must be one of {[*OPERATORS, *CHAINS]}; got {operator!r}")
-    if operator in OPERATORS and strength is None:
-        raise ValueError(f"{operator!r} needs a strength, such as {OPERATORS[operator][1]}")
     digest = hashlib.sha256(image.tobytes())
     digest.update(f"{image.size} {operator} {strength} {seed}".encode())
     rng = np.random.default_rng(int.from_bytes(digest.digest()[:8], "big"))
     steps = [(operator, strength)]
     if operator in CHAINS:
         names = rng.choice(list(OPERATORS), CHAINS[operator], replace=False)
-        steps = [(str(name), float(rng.choice(OPERATORS[name][1]))) for name in names]
+        steps = [(str(name), None) for name in names]
+    steps = [(name, float(rng.choice(OPERATORS[name][1])) if s is None else s) for name, s in steps]
     for name, value in steps:
         image = OPERATORS[name][0](image, value, rng)
     return image

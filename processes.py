@@ -15,7 +15,9 @@ def join_processes() -> PartialState:
     CPU, where `torchrun` starts them: `accelerate launch --cpu` starts one, whatever --num_processes says.
     """
     began = not PartialState._shared_state
-    state = PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(
+        cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    )
     if began and state.num_processes > 1 and state.is_main_process:
         logger.warning(f"{state.num_processes} processes share the work")
     return state

@@ -58,8 +58,14 @@ def test_one_pixel_survives_everything():
 def test_bad_arguments_are_named(photo):
     with pytest.raises(ValueError, match="'jepg'"):
         postprocess(photo, "jepg", 5)
-    with pytest.raises(ValueError, match="'jpeg' needs a strength"):
-        postprocess(photo, "jpeg")
+
+
+def test_a_strength_that_is_not_given_is_one_of_the_operators(photo):
+    strengths = OPERATORS["jpeg"][1]
+    saved = {postprocess(photo, "jpeg", strength).tobytes(): strength for strength in strengths}
+    drawn = [postprocess(photo, "jpeg", seed=seed).tobytes() for seed in range(30)]
+    assert {saved[pixels] for pixels in drawn} == set(strengths)
+    assert drawn[0] == postprocess(photo, "jpeg", seed=0).tobytes()
 
 
 @pytest.mark.parametrize(("treatment", "strength"), TREATMENTS)

@@ -88,7 +88,7 @@ class TrainingArguments:
     augmented_views: int = field(
         default=8,
         metadata={
-            "help": "More cached views of a training image: post-processed by 1 to 3 random operators."
+            "help": "More cached views of a training image: post-processed by random operators, or JPEG."
         },
     )
     crop_size: int | None = field(default=None, metadata={"help": "Overrides the image processor's."})

@@ -8,15 +8,17 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from .latents import LatentCache, LatentDataset, View
 
+IN_TURN = ("step1", "step2", "jpeg", "step3")  # one to three random operators; JPEG, as all that is shared is
+
 
 def training_views(orientations: int, augmented_views: int) -> list[View]:
     """
     Args:
         orientations (`int`): Of the untouched image, itself first.
-        augmented_views (`int`): Further ones, post-processed by 1 to 3 random operators in turn.
+        augmented_views (`int`): Further ones, post-processed as `IN_TURN`.
     """
     untouched = [View(orientation) for orientation in range(orientations)]
-    processed = [View(i % orientations, f"step{1 + i % 3}", seed=i) for i in range(augmented_views)]
+    processed = [View(i % orientations, IN_TURN[i % len(IN_TURN)], seed=i) for i in range(augmented_views)]
     return untouched + processed
 
 
