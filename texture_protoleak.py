@@ -240,7 +240,7 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
 
 
 def _signs(plane: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """Whether the pixel so far away is brighter by the threshold, 1, or darker, -1, where there is one, int16."""
+    """Whether the pixel so far away is brighter (1) or darker (-1) by the threshold, in the plane."""
     height, width, left = plane.shape[1] - down, plane.shape[2] - abs(right), max(0, -right)
     here = plane[:, :height, left : left + width]
     there = plane[:, down:, left + right : left + right + width]
