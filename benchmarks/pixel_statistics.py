@@ -56,7 +56,7 @@ def harmonics(pixels: torch.Tensor, period: int = 16) -> torch.Tensor:
 
 def cyclic_statistics(pixels: torch.Tensor, period: int = 16) -> torch.Tensor:
     """How residuals vary with their place modulo `period`: (N, 3, H, W) -> (N, F)"""
-    sizes = F.pad(LAPLACE(opponents(pixels)), (1, 1, 1, 1)).abs().clamp_max(20)
+    sizes = F.pad(LAPLACE(opponents(pixels))[0], (1, 1, 1, 1)).abs().clamp_max(20)
     count, channels, height, width = sizes.shape
     tiles = sizes.view(count, channels, height // period, period, width // period, period)
     spectrum = torch.fft.fft2(tiles.mean(dim=(2, 4))).abs()
@@ -79,8 +79,8 @@ def of_chroma(pixels: torch.Tensor) -> torch.Tensor:
 def of_triplets(pixels: torch.Tensor, step: float) -> torch.Tensor:
     """How often first differences of red, green and blue occur together: (N, 3, H, W) -> (N, 125)"""
     counts = torch.zeros(len(pixels), 125)
-    for planes in (pixels, pixels.mT):
-        levels = (FIRST(planes) * 127.5 / step).round().clamp(-2, 2) + 2
+    for differences in FIRST(pixels):
+        levels = (differences * 127.5 / step).round().clamp(-2, 2) + 2
         places = torch.einsum("c,nchw->nhw", torch.tensor([25.0, 5.0, 1.0]), levels).long().flatten(1)
         counts = counts.scatter_add(1, places, torch.ones_like(places, dtype=counts.dtype))
     counts = counts + counts.flip(1)  # a triplet counts as its negative
