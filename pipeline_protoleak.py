@@ -176,6 +176,7 @@ class ImageAttributionPipeline(Pipeline):
     _load_tokenizer = False
 
     def __init__(self, *args, **kwargs):
+        kwargs.pop("local_files_only", None)  # `pipeline()` loads by it, and hands it on
         super().__init__(*args, **kwargs)
         if self.model.config.model_type != "protoleak":
             raise ValueError(

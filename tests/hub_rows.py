@@ -101,6 +101,17 @@ def a_relative_folder_and_another_working_directory(task: dict) -> None:
     same(of_record(pipe(task["image"]).records[0]), task)
 
 
+def a_downloaded_folder_of_the_hub(task: dict) -> None:
+    """What docs/publishing.md says for a token and for work offline: diffusers itself would ask the Hub."""
+    from huggingface_hub import snapshot_download
+    from transformers import pipeline
+
+    folder = snapshot_download(HUB_ID, revision="v1", local_files_only=True)
+    same(of_record(diffusion_pipeline(folder)(task["image"]).records[0]), task)
+    attribute = pipeline("image-attribution", model=HUB_ID, revision="v1", local_files_only=True, **TRUST)
+    same(of_record(attribute(task["image"])), task)
+
+
 def the_working_directory_gives_no_vae(task: dict) -> None:
     folder = copied(task)
     shutil.move(folder / "vae", "vae")
@@ -300,6 +311,7 @@ ROWS = {
     "a task that is misspelt": a_task_that_is_misspelt,
     "two revisions in one process": two_revisions_in_one_process,
     "a branch that moves between loading and use": a_branch_that_moves_meanwhile,
+    "a folder of snapshot_download, and local_files_only": a_downloaded_folder_of_the_hub,
     "a relative folder, used from another": a_relative_folder_and_another_working_directory,
     "a checkpoint without its VAE, beside another VAE": the_working_directory_gives_no_vae,
     "load_state_dict of model.safetensors": weights_load_strictly,
