@@ -6,7 +6,16 @@ import shutil
 import stat
 from pathlib import Path
 
-from hub_matrix import HUB_ID, LOADERS, by_auto_class, by_diffusers, diffusion_pipeline, of_record
+from hub_matrix import (
+    HUB_ID,
+    LOADERS,
+    by_auto_class,
+    by_diffusers,
+    by_own_pipeline,
+    diffusion_pipeline,
+    of_record,
+)
+from hub_server import hub_with
 
 TRUST = {"trust_remote_code": True}
 
@@ -101,15 +110,36 @@ def a_relative_folder_and_another_working_directory(task: dict) -> None:
     same(of_record(pipe(task["image"]).records[0]), task)
 
 
-def a_downloaded_folder_of_the_hub(task: dict) -> None:
-    """What docs/publishing.md says for a token and for work offline: diffusers itself would ask the Hub."""
+def a_private_repository(task: dict) -> None:
+    """Downloaded by each loader alone, with the token of a login, or as docs/publishing.md says, its own."""
     from huggingface_hub import snapshot_download
+
+    files = contents(copied(task))
+    caches = [str(Path(task["folder"], f"cache{i}")) for i in range(5)]
+    with hub_with("you/mine", files, token="secret"):
+        fails(OSError, "metadata from the Hub", diffusion_pipeline, "you/mine", cache_dir=caches[0])
+        same(by_auto_class("you/mine", task["image"], cache_dir=caches[1], token="secret", **TRUST), task)
+        folder = snapshot_download("you/mine", token="secret", cache_dir=caches[2])
+        same(by_diffusers(folder, task["image"]), task)
+        os.environ["HF_TOKEN"] = "secret"
+        for load, cache in ((by_own_pipeline, caches[3]), (by_diffusers, caches[4])):
+            same(load("you/mine", task["image"], cache_dir=cache, **TRUST), task)
+
+
+def offline_after_a_download(task: dict) -> None:
+    """As docs/publishing.md says for diffusers, which asks the Hub for a pipeline's code all the same."""
+    from huggingface_hub import constants, snapshot_download
     from transformers import pipeline
 
-    folder = snapshot_download(HUB_ID, revision="v1", local_files_only=True)
-    same(of_record(diffusion_pipeline(folder)(task["image"]).records[0]), task)
-    attribute = pipeline("image-attribution", model=HUB_ID, revision="v1", local_files_only=True, **TRUST)
-    same(of_record(attribute(task["image"])), task)
+    os.environ["HF_TOKEN"], constants.HF_HUB_CACHE = "secret", str(Path(task["folder"], "cache"))
+    with hub_with("you/mine", contents(copied(task)), token="secret"):
+        expected = diffusion_pipeline("you/mine")(task["image"]).records[0]
+    assert constants.HF_HUB_OFFLINE
+    folder = snapshot_download("you/mine")
+    assert diffusion_pipeline(folder)(task["image"]).records[0] == expected
+    attribute = pipeline("image-attribution", model="you/mine", local_files_only=True, **TRUST)
+    assert attribute(task["image"]) == expected
+    same(of_record(expected), task)
 
 
 def the_working_directory_gives_no_vae(task: dict) -> None:
@@ -311,7 +341,8 @@ ROWS = {
     "a task that is misspelt": a_task_that_is_misspelt,
     "two revisions in one process": two_revisions_in_one_process,
     "a branch that moves between loading and use": a_branch_that_moves_meanwhile,
-    "a folder of snapshot_download, and local_files_only": a_downloaded_folder_of_the_hub,
+    "download from a private repository": a_private_repository,
+    "offline after a download": offline_after_a_download,
     "a relative folder, used from another": a_relative_folder_and_another_working_directory,
     "a checkpoint without its VAE, beside another VAE": the_working_directory_gives_no_vae,
     "load_state_dict of model.safetensors": weights_load_strictly,
