@@ -21,10 +21,12 @@ def attribute(arguments: argparse.Namespace) -> int:
     _check_attribute_arguments(arguments)
     from tqdm import tqdm
 
-    from .forensics.scan import Attributor, images_of, read_records, scan
+    from .forensics.scan import Attributor, images_of, names_in, read_records, scan
 
     output, records = arguments.output, []
     images = arguments.paths or images_of(arguments.dataset, arguments.split, arguments.streaming)
+    if arguments.paths == ["-"]:  # each verdict is out before the next name is waited for
+        images, arguments.batch_size, arguments.workers = names_in(sys.stdin.buffer), 1, 1
 
     def show(record: dict[str, Any]) -> None:
         if not output:
@@ -237,7 +239,7 @@ def _count(text: str) -> int:
 
 
 def _attribute_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("paths", nargs="*", help="image files, and folders, which are searched recursively")
+    command.add_argument("paths", nargs="*", help="image files, and folders; - reads names, a line each")
     command.add_argument("--dataset", help="instead: the images of a data set, Hub id or folder")
     command.add_argument("--split", help="of --dataset (default: train; of a folder of images: all of it)")
     command.add_argument("--streaming", action="store_true", help="don't download --dataset as a whole")

@@ -148,7 +148,8 @@ class Attributor:
             workers (`int`): Threads that read and decode.
             done (`Collection[tuple[str, str]]`): `file` and sha256 of those to pass over.
         """
-        read = prefetched(partial(self.read, done=done), files, workers, ahead=2 * batch_size)
+        ahead = batch_size * min(workers, 2)
+        read = prefetched(partial(self.read, done=done), files, workers, ahead)
         while batch := list(islice(read, batch_size)):
             pixels = [values for _, several in batch for values in several]
             verdicts: Iterator[dict[str, Any]] = iter(())
@@ -178,9 +179,8 @@ def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) ->
     try:
         waiting = deque(pool.submit(function, item) for item in islice(items, ahead))
         while waiting:
-            result = waiting.popleft().result()
+            yield waiting.popleft().result()
             waiting.extend(pool.submit(function, item) for item in islice(items, 1))
-            yield result
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -205,7 +205,7 @@ def checkpoint_file(model: str, name: str, **hub) -> Path | None:
 
 def scan(
     attributor: Attributor,
-    paths: "list[str] | Dataset | IterableDataset",
+    paths: "list[str] | Iterator[Path] | Dataset | IterableDataset",
     output: str | os.PathLike | None = None,
     resume: bool = False,
     batch_size: int = 16,
@@ -218,8 +218,9 @@ def scan(
 
     Args:
         attributor ([`Attributor`]): What attributes them.
-        paths: Files, and folders, which are searched recursively; or a data set with an image column, which
-            may be streamed: then no more than a few batches of it are in memory.
+        paths: Files, and folders, which are searched recursively; or files that are named one by one; or a
+            data set with an image column, which may be streamed: then no more than a few batches of it are in
+            memory.
         output: JSON lines.
         resume (`bool`): Go on in an `output` that exists: files that have a record there under their name
             and content (sha256), by this very model, are passed over; those with an error are tried again.
@@ -308,8 +309,15 @@ def _has_tables(folder: Path) -> bool:
     return any(path.suffix in TABLES for path in folder.rglob("*"))
 
 
+def names_in(lines: Iterable[bytes]) -> Iterator[Path]:
+    """The files that lines name, such as those of standard input, as they come."""
+    for line in lines:
+        if name := line.rstrip(b"\r\n"):
+            yield Path(os.fsdecode(name))
+
+
 def _share(
-    paths: "list[str] | Dataset | IterableDataset", process: int, processes: int
+    paths: "list[str] | Iterator[Path] | Dataset | IterableDataset", process: int, processes: int
 ) -> "Iterable[Path | Row]":
     """
     What this process attributes: files and rows in turn; of a streamed data set its own files, where there
@@ -318,6 +326,10 @@ def _share(
     if isinstance(paths, list):
         logging.getLogger(find_images.__module__).disabled = process > 0  # one of them tells
         return find_images(paths)[process::processes]
+    if isinstance(paths, Iterator):
+        if processes > 1:
+            raise ValueError("files that are named one by one are for one process")
+        return paths
     import datasets
     from datasets.distributed import split_dataset_by_node
 

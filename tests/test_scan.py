@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,6 +120,22 @@ def test_records_come_before_all_is_read():
     assert len(read) <= 15
     results.close()
     assert len(read) <= 15
+
+
+def test_files_named_on_standard_input_are_answered_one_by_one(checkpoint, folder, monkeypatch, capsys):
+    names, told = [*sorted(folder.glob("0[0-2].png")), folder / "none.png"], []
+
+    def lines():
+        for i, name in enumerate(names):
+            told.extend(capsys.readouterr().out.splitlines())
+            assert len(told) == i, "the verdict before is out"
+            yield bytes(name) + b"\n"
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=lines()))
+    assert main(["attribute", "-", "--model", str(checkpoint)]) == 1
+    told += capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == [name.name for name in names]
+    assert "does not exist" in told[-1]
 
 
 def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
