@@ -135,7 +135,7 @@ def test_files_named_on_standard_input_are_answered_one_by_one(checkpoint, folde
     assert main(["attribute", "-", "--model", str(checkpoint)]) == 1
     told += capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == [name.name for name in names]
-    assert "does not exist" in told[-1]
+    assert "no such file" in told[-1]
 
 
 def test_ctrl_c_keeps_what_is_written(checkpoint, folder, tmp_path):
