@@ -1,7 +1,7 @@
 """What a checkpoint gives for many images: arrays that metrics are computed from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,17 @@ class Predictions:
         """The images at these places, or where a mask (N,) is true."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return Predictions(**{name: None if part is None else part[index] for name, part in parts.items()})
+
+    def without_evidence(self, is_refused: np.ndarray) -> "Predictions":
+        """
+        The same where no verdict is given on some images, a mask (N,), as records have it: no class is ruled
+        out of them, and they are called neither unknown nor a camera's, for which p-values of 1 stand.
+        """
+        names = ("p_values", "class_p_values", "generated_p_values")
+        parts = {name: part.copy() for name in names if (part := getattr(self, name)) is not None}
+        for part in parts.values():
+            part[is_refused] = 1
+        return replace(self, **parts)
 
     def likeliest(self) -> np.ndarray:
         """Index of the known class with the highest probability. (N,)"""
@@ -108,7 +119,9 @@ def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: in
         for name, part in accelerator.gather_for_metrics(row).items():
             parts.setdefault(name, []).append(part.cpu().numpy())
     module.train(training)
-    return Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+    made = Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+    is_refused = getattr(data, "is_refused", None)
+    return made if is_refused is None else made.without_evidence(is_refused)
 
 
 def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
@@ -127,7 +140,7 @@ def predict_splits(
 ) -> dict[str, Predictions]:
     """[`predict`] of each split of `rows`, its images encoded with `processor` and the model's VAE."""
     cache = LatentCache(model, processor, accelerator)
-    return {split: predict(model, cache.encode(part), accelerator) for split, part in rows.items()}
+    return {split: predict(model, cache.encode_held_out(part), accelerator) for split, part in rows.items()}
 
 
 @dataclass

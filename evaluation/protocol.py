@@ -332,7 +332,7 @@ def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: b
     if normalise_format:
         processor.jpeg_quality = JPEG_QUALITY
     cache = subject.cache()
-    data = {name: cache.encode(part) for name, part in rows.items()}
+    data = {name: cache.encode_held_out(part) for name, part in rows.items()}
     names = rows["unknown"]["label"] if "unknown" in rows else None
     latents = (data["test"], data.get("unknown"))
     evaluation = evaluate_model(

@@ -1,9 +1,12 @@
 import io
 
+import datasets
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
+from protoleak.evaluation.predictions import ORIGINS, predict_splits
 from protoleak.evidence_protoleak import (
     LEAST_LAYOUT,
     LEAST_ROUGHNESS,
@@ -17,7 +20,7 @@ from protoleak.evidence_protoleak import (
     tiles,
 )
 from protoleak.forensics.scan import Attributor
-from protoleak.pipeline_protoleak import LACKS, RECORD_FIELDS
+from protoleak.pipeline_protoleak import LACKS, NO_EVIDENCE, RECORD_FIELDS
 
 from . import ROOT
 from .test_pipeline import in_diffusers
@@ -139,3 +142,25 @@ def test_every_way_to_a_record_answers_no_evidence(fitted_model, tmp_path):
     record = attribute(noise())
     assert (record["verdict"], record["origin"]) == (verdicts[0], None)
     assert record["prediction_set"] is record["ruled_out"] is None
+
+
+def test_evaluation_counts_a_refusal_as_attribute_has_it(fitted_model, tmp_path, caplog, monkeypatch):
+    """Of no evidence no class is ruled out, whatever the model measured."""
+    processor = ProtoLeakImageProcessor(crop_size=64, do_resize=False)
+    images = [noise(), Image.open(ROOT / "examples/photo_2.jpg"), Image.new("RGB", (90, 70), "white")]
+    fitted_model.config.alpha = alpha = 0.9  # most is ruled out
+    labels = fitted_model.config.label_names
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    rows = datasets.Dataset.from_dict({"image": images, "label": labels[:3]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    made = predict_splits(fitted_model, processor, {"test": rows}, Accelerator())["test"]
+    attribute = ImageAttributionPipeline(model=fitted_model, image_processor=processor)
+    levels = (alpha, fitted_model.config.camera_alpha, labels.index("real"))
+    records = attribute(images)
+    assert [record["label"] == NO_EVIDENCE for record in records] == [True, False, True]
+    assert [ORIGINS[place] for place in made.origins(*levels)] == [record["origin"] for record in records]
+    sets = [sorted(record["prediction_set"]) for record in records if not record["is_unknown"]]
+    own = [sorted(np.array(labels)[row]) for row in made.in_sets(*levels)]
+    assert [row for row, record in zip(own, records, strict=True) if not record["is_unknown"]] == sets
+    assert (made.p_values <= alpha).tolist() == [record["is_unknown"] for record in records]
+    assert "2 of 3 images show nothing to go by" in caplog.text

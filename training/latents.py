@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
+from ..evidence_protoleak import SUFFICIENT
 from ..files_protoleak import write_whole
 from ..image_processing_protoleak import ProtoLeakImageProcessor, open_image
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..postprocessing_protoleak import postprocess
+
+logger = logging.getLogger(__name__)
 
 ITEM_SIZE = np.dtype(np.float16).itemsize
 
@@ -69,10 +73,15 @@ class LatentDataset(torch.utils.data.Dataset):
         shape (`tuple[int, ...]`): Of one row.
         labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1, -1 for any other.
         shard_size (`int`): Rows of a file.
+
+    Attributes:
+        is_refused (`np.ndarray` of shape `(num_images,)`, *optional*): Which images have no evidence, where
+            that was looked at.
     """
 
     def __init__(self, files: list[Path], shape: tuple[int, ...], labels: torch.Tensor, shard_size: int):
         self.files, self.shape, self.labels, self.shard_size = files, shape, labels, shard_size
+        self.is_refused: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,6 +160,17 @@ class LatentCache:
     def encode(self, rows: Dataset, view: View = View()) -> LatentDataset:  # noqa: B008 (it is frozen)
         """The latents of one view of `rows`, which have columns `image` (not decoded) and `label` (str)."""
         return self.encode_views(rows, [view])[view]
+
+    def encode_held_out(self, rows: Dataset) -> LatentDataset:
+        """[`~LatentCache.encode`] of images whose verdicts count, with which of them are refused one."""
+        encoded, lack_of_evidence = self.encode(rows), self.processor.lack_of_evidence
+        images = (row["image"] for row in rows.select_columns("image"))
+        lacks = [lack_of_evidence(image["bytes"] or image["path"]) for image in images]
+        encoded.is_refused = np.array(lacks) != SUFFICIENT
+        if encoded.is_refused.any():
+            count = f"{encoded.is_refused.sum()} of {len(rows)} images"
+            logger.warning(f'{count} show nothing to go by; their verdicts count as "no evidence"')
+        return encoded
 
     def encode_views(self, rows: Dataset, views: Iterable[View]) -> dict[View, LatentDataset]:
         """The latents of several views of the same images; their content is read for the key only once."""

@@ -109,6 +109,8 @@ def encode_splits(
         known=ConcatDataset(known),
         validation=ConcatDataset(validation) if validation else None,
         evaluated={
-            name: cache.encode(splits[name]) for name in ("test", "cross", "unknown") if name in splits
+            name: cache.encode_held_out(splits[name])
+            for name in ("test", "cross", "unknown")
+            if name in splits
         },
     )
