@@ -224,7 +224,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) -> (N, C, H, W), float32"""
-        if self.vae.device.type != "cpu":
+        if self.vae.device.type != "cpu" or torch.compiler.is_compiling():
             return encode_with(self.vae, pixel_values)
         return torch.cat(in_threads(partial(encode_with, self.vae), pixel_values.split(1)))
 

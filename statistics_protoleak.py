@@ -128,17 +128,25 @@ def partial_correlations(features: torch.Tensor) -> torch.Tensor:
     centred = flat - flat.mean(dim=2, keepdim=True)
     covariance = centred @ centred.transpose(1, 2) / flat.shape[2]
     ridge = covariance.diagonal(dim1=1, dim2=2).mean(dim=1) * 0.02 + 1e-4
-    unit = torch.eye(channels, device=flat.device)
-    # minus the inverse by sweeping each channel in turn (Goodnight 1979), in operations that ONNX has too
-    swept = covariance + ridge[:, None, None] * unit - 2 * unit
-    for k in range(channels):
-        v = swept[:, :, k] + unit[k]
-        swept = swept - v[:, :, None] * (v / (swept[:, k, k, None] + 2))[:, None, :]
-    precision = (-swept).diagonal(dim1=1, dim2=2)
+    inverse = _inverse(covariance + ridge[:, None, None] * torch.eye(channels, device=flat.device))
+    precision = inverse.diagonal(dim1=1, dim2=2)
     scale = precision.rsqrt()
     rows, columns = torch.triu_indices(channels, channels, offset=1, device=flat.device)
-    correlations = swept * scale[:, :, None] * scale[:, None, :]
+    correlations = -inverse * scale[:, :, None] * scale[:, None, :]
     return torch.cat([precision.log(), correlations[:, rows, columns]], dim=1)
+
+
+def _inverse(matrices: torch.Tensor) -> torch.Tensor:
+    """Of positive definite matrices, (N, C, C)."""
+    if not torch.compiler.is_exporting():
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrices))
+    # ONNX has no factorisation: minus the inverse, by sweeping each channel in turn (Goodnight 1979)
+    unit = torch.eye(matrices.shape[1], device=matrices.device)
+    swept = matrices - 2 * unit
+    for k in range(matrices.shape[1]):
+        v = swept[:, :, k] + unit[k]
+        swept = swept - v[:, :, None] * (v / (swept[:, k, k, None] + 2))[:, None, :]
+    return -swept
 
 
 class LatentWhitening(nn.Module):
