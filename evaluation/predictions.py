@@ -175,6 +175,7 @@ class Subject:
         if model.detector is None:
             raise ValueError(f"{checkpoint} has no detector, so it has no verdicts to evaluate; run train.py")
         processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
+        model.check_processor(processor)
         splits = held_out_images(dataset, model.config.label_names, unknown, columns, config_name)
         join_processes()
         accelerator = Accelerator()

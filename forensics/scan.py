@@ -68,6 +68,7 @@ class Attributor:
         hub = {"revision": revision or "main"}
         self.network = ProtoLeakForImageAttribution.from_pretrained(model, **hub).eval()
         self.processor = ProtoLeakImageProcessor.from_pretrained(model, **hub)
+        self.network.check_processor(self.processor)
         self.name, self.revision, self.stability = printable(str(model)), revision, stability
         self.network.drop_decoder()
         self.network.to(join_processes().device)

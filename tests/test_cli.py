@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from protoleak import ProtoLeakImageProcessor
 from protoleak.cli import main
 from protoleak.files_protoleak import check_writable, path_of, whole_folder
 from protoleak.forensics.scan import Attributor, scan
@@ -148,6 +149,25 @@ def test_a_folder_given_as_a_data_set_is_attributed_as_a_whole(checkpoint, tmp_p
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert main([*command, "--split", "test"]) == 0
     assert capsys.readouterr().out.startswith("b.png")
+
+
+def test_an_image_processor_that_the_detector_was_not_fitted_with_is_refused(trained, tmp_path, capsys):
+    """As where somebody edits preprocessor_config.json: by every command that gives or measures verdicts."""
+    model = trained.copy_checkpoint(tmp_path / "model")
+    processor = ProtoLeakImageProcessor.from_pretrained(model)
+    processor.jpeg_quality = 75
+    processor.save_pretrained(model)
+    images = str(trained.folder / "unknown/c")
+    for command in (
+        ["attribute", images],
+        ["explain", f"{images}/0.png"],
+        ["report", images, "--output", str(tmp_path / "report.html")],
+        ["enroll", "c", images, "--output_dir", str(tmp_path / "enrolled")],
+        ["evaluate", "--dataset", str(trained.folder)],
+    ):
+        assert main([*command, "--model", str(model)]) == 2, command
+        assert "the detector was fitted on images prepared with" in capsys.readouterr().err
+    assert not (tmp_path / "enrolled").exists()
 
 
 # --- interrupted --------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def write_enrolled(
     if model.detector is not None:
         model.detector.check_new(name)  # before any image is read
     processor = ProtoLeakImageProcessor.from_pretrained(checkpoint)
+    model.check_processor(processor)
     outputs, sizes, errors = [], [], []
     for file in files:
         try:
