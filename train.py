@@ -137,7 +137,11 @@ def start_accelerator(arguments: TrainingArguments) -> Accelerator:
             raise ImportError(
                 f"--report_to {arguments.report_to} needs it; pip install {arguments.report_to}"
             )
-        accelerator.init_trackers("protoleak", config=dataclasses.asdict(arguments))
+        given = dataclasses.asdict(arguments).items()  # of which TensorBoard takes numbers and texts alone
+        config = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in given
+        }
+        accelerator.init_trackers("protoleak", config=config)
     set_seed(arguments.seed)
     return accelerator
 

@@ -19,7 +19,7 @@ from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import predict
 from protoleak.evaluation.protocol import evaluate_predictions
 from protoleak.evaluation.splits import load_splits
-from protoleak.train import main, train
+from protoleak.train import main, start_accelerator, train
 from protoleak.training.initialisation import begin_as_discriminant, make_model
 from protoleak.training.latents import LatentCache
 from protoleak.training.patches import make_patch_autoencoder
@@ -411,6 +411,16 @@ def test_what_is_asked_for_in_vain_is_told_before_any_work(tmp_path, folder, rec
     monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "3"])
     with pytest.raises(SystemExit, match=r"train\.py: .*--epochs"):
         main()
+
+
+def test_trackers_get_numbers_and_texts(tmp_path, folder, recipe, monkeypatch):
+    """TensorBoard refuses anything else, such as the list of data sets."""
+    told = {}
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda names, place: names)
+    monkeypatch.setattr("protoleak.train.Accelerator.init_trackers", lambda *_, config: told.update(config))
+    start_accelerator(arguments(tmp_path, folder, recipe, report_to="tensorboard"))
+    assert told["dataset_name"] == str([str(folder)])
+    assert {type(value) for value in told.values()} <= {int, float, str, bool}
 
 
 def test_training_never_holds_many_latents(trained, monkeypatch, tmp_path):
