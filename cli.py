@@ -339,7 +339,10 @@ def main(argv: list[str] | None = None) -> int:
         print("; ".join(filter(None, ["stopped", str(error)])), file=sys.stderr)
         return 130
     except (OSError, ValueError, ImportError) as error:
-        print("protoleak:", "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
+        words = str(error).split("\n")
+        if "huggingface.co" in words[0] and not Path(arguments.model).is_dir():
+            words.append(f"There is no folder {arguments.model} here, so the Hub was asked for it.")
+        print("protoleak:", "\n".join(map(printable, words)), file=sys.stderr)
         return 2
 
 

@@ -262,3 +262,10 @@ def test_a_table_stays_where_its_successor_fails(strange, checkpoint, tmp_path):
     with files_of_at_most(500):
         assert main(command) == 2
     assert table.read_text() == "before"
+
+
+def test_a_model_that_is_no_folder_is_told_as_such(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["attribute", "x.png", "--model", "runs/typo"]) == 2
+    assert "There is no folder runs/typo here, so the Hub was asked for it" in capsys.readouterr().err
