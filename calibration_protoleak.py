@@ -6,7 +6,7 @@ n, m, K in shapes: images of known classes, images of strangers, known classes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ class CrossFitted:
             models.
         labels (`torch.LongTensor` of shape `(n,)`): Classes 0..K-1. Each class has images.
         num_sources (`torch.LongTensor` of shape `(K,)`): How many sources each class has.
+        chosen (`dict[str, dict[str, float]]`): For the same, the parameters of these scores that suit unseen
+            sources, such as a bandwidth, which a detector takes over.
         strangers (`torch.DoubleTensor` of shape `(m, K)`, *optional*):
             Logits of generated images by models that did not see their class, -inf in the columns of the
             classes left out. m may be 0.
@@ -42,6 +44,7 @@ class CrossFitted:
     labels: Any
     num_sources: Any
     strangers: Any = None
+    chosen: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.class_scores = as_double(self.class_scores)

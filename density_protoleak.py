@@ -111,15 +111,16 @@ class OpenSetDetector:
         are fitted on.
         """
         if not self._scores:
-            self._scores = self._fitted(self.train_, self.chosen_)
+            self._scores = self._fitted(self.train_)
             self.chosen_ = {features: score.chosen() for features, score in self._scores.items()}
         return self._scores
 
-    def _fitted(
-        self, known: dict[str, torch.Tensor], chosen: dict[str, dict[str, float]]
-    ) -> dict[str, OpenSetScore]:
+    def _fitted(self, known: dict[str, torch.Tensor]) -> dict[str, OpenSetScore]:
+        """Scores fitted on some images, with the parameters that were chosen, if they were."""
         return {
-            features: OPEN_SET_SCORES[name](**chosen.get(features, {})).fit(known[features], known["labels"])
+            features: OPEN_SET_SCORES[name](**self.chosen_.get(features, {})).fit(
+                known[features], known["labels"]
+            )
             for features, name in self.open_set_scores.items()
         }
 
@@ -151,15 +152,17 @@ class OpenSetDetector:
         self.labels = list(label_names)
         self.open_set_scores = dict(open_set_scores or {"embeddings": "kde"})
         self.train_, self.held_out_ = self._remembered(train), None
+        by_fold = CrossFitted(**cross_fitted) if isinstance(cross_fitted, dict) else cross_fitted
         self._scores, self.chosen_, self.spreads_ = {}, {}, {}
+        if by_fold is not None:  # scores that are compared have the same parameters
+            self.chosen_ = dict(by_fold.chosen)
         self.own_calibration_, self.class_calibration_ = {}, []
         self.generators_calibration_ = self.generated_calibration_ = None
         fitted = self.scores_  # now, so that what fitting chooses is in the file
-        if cross_fitted is None:
+        if by_fold is None:
             self.held_out_ = self._remembered(held_out)
             self._calibrate_scores(_scored(fitted, self.held_out_))
         else:
-            by_fold = CrossFitted(**cross_fitted) if isinstance(cross_fitted, dict) else cross_fitted
             self._calibrate_by(by_fold)
         self.own_calibration_ = self._own_calibration()
         return self
@@ -223,7 +226,7 @@ class OpenSetDetector:
         for fold in range(min(MAX_FOLDS, len(places))):
             left_out = places[fold::MAX_FOLDS]
             others = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, left_out, False)
-            fitted = self._fitted({name: part[others] for name, part in self.train_.items()}, {})
+            fitted = self._fitted({name: part[others] for name, part in self.train_.items()})
             scores = self._added(
                 _scored(fitted, {name: part[left_out] for name, part in self.train_.items()})
             )
@@ -302,8 +305,7 @@ class OpenSetDetector:
             return detector
         detector = copy.copy(self)
         detector.labels, detector.train_ = names, train
-        detector._scores = detector._fitted(train, {})
-        detector.chosen_ = {features: score.chosen() for features, score in detector._scores.items()}
+        detector._scores = {}
         detector.thumbnails_ = dict(self.thumbnails_)
         detector.origins_ = dict(self.origins_)
         detector.own_calibration_ = self.own_calibration_ | detector._own_calibration()

@@ -5,7 +5,7 @@ interface of scikit-learn's estimators. Everything is computed in float64 unless
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -145,6 +145,14 @@ class GaussianKDE(Estimator):
                 sums[row] = torch.logaddexp(sums[row], block_sum)
         return sums
 
+    def log_likelihoods(self, X: Any, bandwidths: list[float]) -> np.ndarray:  # noqa: N803
+        """Total log-likelihood of X in nats, were the bandwidth each of these: (len(bandwidths),)"""
+        queries = (as_samples(X, self.device) - self.mean_).to(self.samples_.dtype)
+        norms = np.array([self._log_norm(h, len(self.samples_)) for h in bandwidths])
+        blocks = queries.split(self.block_size)
+        sums = sum(self._log_kernel_sums(block, self.samples_, bandwidths).sum(dim=1) for block in blocks)
+        return sums.cpu().numpy() + len(queries) * norms
+
     def _held_out_log_likelihood(self, bandwidths: list[float]) -> np.ndarray:
         """
         Sum over folds of the log-likelihood of the fold under the density of the others, for every bandwidth.
@@ -153,13 +161,11 @@ class GaussianKDE(Estimator):
         if n < 2:
             raise ValueError("choosing a bandwidth needs at least 2 samples; pass bandwidth")
         folds = torch.arange(n, device=self.samples_.device) % min(self.n_folds, n)
+        settings = {"block_size": self.block_size, "device": self.device, "dtype": self.dtype}
         total = np.zeros(len(bandwidths))
         for fold in range(int(folds.max()) + 1):
-            others = self.samples_[folds != fold]
-            norms = np.array([self._log_norm(h, len(others)) for h in bandwidths])
-            for queries in self.samples_[folds == fold].split(self.block_size):
-                sums = self._log_kernel_sums(queries, others, bandwidths).sum(dim=1).cpu().numpy()
-                total += sums + len(queries) * norms
+            others = GaussianKDE(bandwidths[0], **settings).fit(self.samples_[folds != fold])
+            total += others.log_likelihoods(self.samples_[folds == fold], bandwidths)
         return total
 
 
@@ -192,6 +198,12 @@ class OpenSetScore(Estimator):
         """Parameters that `fit` chose at some cost: with them it need not do so again on the same images."""
         return {}
 
+    def choose(self, folds: Sequence[tuple[Any, Any]]) -> dict[str, float]:
+        """
+        Parameters that suit held-out images, by pairs: what is fitted, (n, F), what is held out, (m, F).
+        """
+        return {}
+
     def _scaled(self, array: Any) -> torch.Tensor:
         samples = as_samples(array)
         return F.normalize(samples) if self.unit_length else samples
@@ -215,6 +227,14 @@ class PooledDensity(OpenSetScore):
 
     def chosen(self):
         return {"bandwidth": self.kde_.bandwidth_}
+
+    def choose(self, folds):
+        kdes = [GaussianKDE(1.0).fit(self._scaled(fitted)) for fitted, _ in folds]
+        spread = np.mean([kde.samples_.square().mean().sqrt().item() for kde in kdes])
+        candidates = [h * float(spread) for h in BANDWIDTHS]
+        pairs = zip(kdes, (self._scaled(held_out) for _, held_out in folds), strict=True)
+        total = sum(kde.log_likelihoods(held_out, candidates) for kde, held_out in pairs)
+        return {"bandwidth": candidates[int(np.argmax(total))]}
 
     def _score(self, samples):
         return torch.from_numpy(self.kde_.score_samples(samples))
