@@ -5,11 +5,13 @@ import pytest
 import scipy.linalg
 import torch
 from datasets import Dataset, DatasetDict
-from protoleak.scores_protoleak import OPEN_SET_SCORES
+from protoleak import OpenSetDetector
+from protoleak.scores_protoleak import OPEN_SET_SCORES, PooledDensity
 from protoleak.training.cross_fitting import (
     SHRINKAGES,
     Samples,
     Settings,
+    _Network,
     _spread,
     choose_settings,
     class_folds,
@@ -194,7 +196,9 @@ def altered(samples: Samples, images: np.ndarray, views: int, relabelled: bool) 
 
 @pytest.mark.parametrize("relabelled", [False, True])
 @pytest.mark.parametrize("score", sorted(OPEN_SET_SCORES))
-def test_an_images_scores_owe_nothing_to_its_own_source(score, relabelled):
+def test_an_images_scores_owe_nothing_to_its_own_source(score, relabelled, monkeypatch):
+    """But for the bandwidth, one number that all share."""
+    monkeypatch.setattr(PooledDensity, "choose", lambda self, folds: {"bandwidth": 1.0})
     samples, sources = draw_samples(views=2)
     folds = source_folds(samples.labels.numpy(), sources, np.arange(90))
     before = cross_fitted(samples, folds, score)
@@ -208,6 +212,28 @@ def test_an_images_scores_owe_nothing_to_its_own_source(score, relabelled):
         moved = cross_fitted(altered(samples, other, 2, relabelled), folds, score)
         assert not torch.allclose(moved.class_scores[image], before.class_scores[image], rtol=1e-3)
         assert moved.open_set_scores["embeddings"][image] != before.open_set_scores["embeddings"][image]
+
+
+@pytest.mark.parametrize("score", ["kde", "l2_kde"])
+def test_folds_and_detector_have_the_bandwidth_that_suits_unseen_sources(score):
+    samples, sources = draw_samples()
+    folds = source_folds(samples.labels.numpy(), sources, np.arange(90))
+    found = cross_fitted(samples, folds, score)
+    known = {"embeddings": torch.randn(90, 16), "gates": torch.ones(90, 16), "labels": samples.labels}
+    detector = OpenSetDetector().fit(known, None, ["real", "a", "b"], {"embeddings": score}, found)
+    assert detector.chosen_ == found.chosen
+    (chosen,) = found.chosen["embeddings"].values()
+    held_out = {}
+    for factor in (0.8, 1, 1.25):  # candidates are a factor of 1.21 apart
+        scores = []
+        for fold in np.unique(folds):
+            network = _Network(samples, SETTINGS, folds != fold)
+            families, labels = samples.known(folds != fold)
+            fitted = OPEN_SET_SCORES[score](bandwidth=chosen * factor).fit(network.embed(families), labels)
+            scores.append(fitted.score_samples(network.embed(samples.untouched(folds == fold))))
+        held_out[factor] = np.concatenate(scores).sum()
+    assert max(held_out, key=held_out.get) == 1
+    assert held_out[1] == pytest.approx(found.open_set_scores["embeddings"].sum().item())
 
 
 def test_the_scores_of_a_fold_are_those_of_a_model_without_it():
@@ -241,7 +267,7 @@ def test_open_set_scores_are_those_of_embeddings_of_the_networks_size(embedding_
     begin_as(model, samples, fitted, SETTINGS)
     with torch.no_grad():
         embeddings = model.protoleak(features=views[:, :, None].expand(-1, -1, 2, -1)).embeddings
-    kde = OPEN_SET_SCORES["kde"]().fit(embeddings[fitted], labels[fitted])
+    kde = OPEN_SET_SCORES["kde"](**found.chosen["embeddings"]).fit(embeddings[fitted], labels[fitted])
     expected = kde.score_samples(embeddings[~fitted])
     np.testing.assert_allclose(found.open_set_scores["embeddings"][~fitted], expected, rtol=1e-3)
 

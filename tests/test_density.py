@@ -167,7 +167,7 @@ def test_enrolling_extends_the_detector(detector, blobs):
     for more, count in ((enrolled, 10), (again, 20)):
         assert sum(map(len, more.own_calibration_.values())) == count
         assert len(more.calibration_set()["labels"]) == len(detector.calibration_) + count
-    others = type(enrolled.scores_["embeddings"])().fit(
+    others = type(enrolled.scores_["embeddings"])(**enrolled.chosen_["embeddings"]).fit(
         enrolled.train_["embeddings"][:-1], enrolled.train_["labels"][:-1]
     )
     left_out = others.score_samples(enrolled.train_["embeddings"][-1:])[0]
@@ -403,6 +403,7 @@ def test_cross_fitted_calibration_survives_saving_and_enrolling(trained_on, tmp_
     for more, num_new in ((enrolled, 1), (again, 2)):
         assert more.temperature_ == detector.temperature_
         assert torch.equal(more.calibration_, detector.calibration_)
+        assert more.chosen_ == detector.chosen_, "as what it compares with was scored"
         assert all(map(torch.equal, more.class_calibration_[:3], detector.class_calibration_))
         assert [len(part) for part in more.class_calibration_[3:]] == [6] * num_new
         assert len(more.generated_calibration_) == 45 + 6 * num_new
