@@ -73,7 +73,7 @@ def test_vendors_autoencoders_in_every_precision(channels, settings, dtype, tmp_
     (found,) = model.protoleak.encode(pixels)
     torch.testing.assert_close(found, expected)
     vae.to(dtype)
-    tolerance = {torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.1}[dtype]
     assert (model.protoleak.encode(pixels)[0] - expected).abs().max() <= tolerance * expected.abs().max()
 
 
