@@ -26,7 +26,7 @@ from .explanation_protoleak import explain
 from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
-from .texture_protoleak import PrincipalPlane, in_threads
+from .texture_protoleak import TOGETHER, PrincipalPlane, in_threads
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
@@ -226,7 +226,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         """(N, 3, h, w) -> (N, C, H, W), float32"""
         if self.vae.device.type != "cpu" or torch.compiler.is_compiling():
             return encode_with(self.vae, pixel_values)
-        return torch.cat(in_threads(partial(encode_with, self.vae), pixel_values.split(1)))
+        return torch.cat(in_threads(partial(encode_with, self.vae), pixel_values.split(TOGETHER)))
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """
@@ -346,7 +346,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def pool(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
         """
         What the encoder pools of z_t, from whitened z_0 at each scale, (N, C, H, W) each: (N, S, T, P). Of
-        textures a CPU takes crop by crop, which then stay in its caches.
+        textures a CPU takes a few crops at a time, which then stay in its caches.
         """
 
         def pool(*of_crops: torch.Tensor) -> torch.Tensor:
@@ -356,7 +356,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
         if self.training or not self.encoder.is_frozen or self.device.type != "cpu":
             return pool(*pyramid)
-        return torch.cat(in_threads(pool, *(latents.split(1) for latents in pyramid)))
+        return torch.cat(in_threads(pool, *(latents.split(TOGETHER) for latents in pyramid)))
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
         """z_0 as it is noised, (N, C, H, W) -> (N, C, H, W)"""

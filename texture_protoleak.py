@@ -30,6 +30,7 @@ NOT_ABOVE = range(3, 7)  # those of them whose row is not above
 RADII = (1, 2, 4)  # how far away they are
 THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
 LANES = 4  # counts of neighbours are kept apart, as a CPU waits where one is changed twice in a row
+TOGETHER = 4  # crops that a thread takes at a time: with fewer it waits for Python, more leave its caches
 NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
 RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
 
