@@ -182,18 +182,35 @@ def test_ctrl_c_is_a_word_at_any_time(monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-@pytest.mark.parametrize("start", [["-m", "protoleak.cli"], ["protoleak"], [str(ROOT / "train.py")]])
-def test_ctrl_c_is_a_word_while_the_package_is_imported(start, tmp_path):
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (["-m", "protoleak.cli", "attribute", "x.png"], 130), (["protoleak", "attribute", "x.png"], 130),
+        ([str(ROOT / "train.py")], -signal.SIGINT),
+    ],
+)  # fmt: skip
+def test_ctrl_c_is_a_word_while_the_package_is_imported(start, status, tmp_path):
     """As if it came during the first import that takes long; also of the script that pip writes."""
     for name in ("transformers", "torch", "datasets"):
         (tmp_path / f"{name}.py").write_text("raise KeyboardInterrupt")
-    (tmp_path / "protoleak").write_text("from protoleak.cli import main")
+    (tmp_path / "protoleak").write_text("import sys\nfrom protoleak.cli import main\nsys.exit(main())")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     run = subprocess.run(
         [sys.executable, *start], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert (run.returncode, run.stderr) == (-signal.SIGINT, "stopped\n")
+    assert (run.returncode, run.stderr) == (status, "stopped\n")
+
+
+def test_help_is_there_without_a_slow_import(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "protoleak.cli"]
+    told = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert (told.returncode, told.stderr) == (0, "")
+    wrong = [*command, "attribute", "--resume", "x.png"]
+    told = subprocess.run(wrong, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert told.stderr == "protoleak: --resume goes on in the file that --output names; name it\n"
 
 
 @contextlib.contextmanager
