@@ -203,8 +203,8 @@ def training() -> None:
 
 def training_memory() -> None:
     """
-    Peak memory of a run, and of one on ten times the images, with latents as large as they become: 48
-    channels, 0.1 MB for each of 2 views of a crop of 128 pixels. Resident memory at its peak, all in all.
+    Peak memory of a run by LeakZoo's recipe, and of one on ten times the images, with latents as large as
+    they become: 48 channels, 0.1 MB for each of 2 views of a crop of 128 pixels. Resident memory, all in all.
     """
     count = 100 if QUICK else 1_000
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +226,7 @@ from protoleak.train import train
 from protoleak.training.arguments import ROOT, TrainingArguments
 
 folder = sys.argv[1]
-ProtoLeakConfig.from_pretrained(ROOT).save_pretrained(folder)
+ProtoLeakConfig.from_pretrained(ROOT / "leakzoo" / "recipe").save_pretrained(folder)
 ProtoLeakImageProcessor(crop_size=128).save_pretrained(folder)
 vae = AutoencoderKL(
     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
