@@ -250,17 +250,17 @@ def cross_fit(
     """
     labels = samples.labels.numpy()
     class_scores = torch.zeros(len(labels), samples.num_labels).double()
-    held_out, embedded, known_labels = [folds == fold for fold in np.unique(folds)], [], []
-    for images in held_out:
-        network = _Network(samples, settings, ~images)
-        families, (known, of_known) = samples.untouched(images), samples.known(~images)
-        class_scores[torch.from_numpy(images)] = network.class_scores(families)
-        embedded.append((network.embed(known), network.embed(families)))
-        known_labels.append(of_known)
-    chosen, open_set_scores = OPEN_SET_SCORES[score]().choose(embedded), np.zeros(len(labels))
-    for images, (known, asked), of_known in zip(held_out, embedded, known_labels, strict=True):
-        fitted = OPEN_SET_SCORES[score](**chosen).fit(known, of_known)
-        open_set_scores[images] = fitted.score_samples(asked)
+    open_set_scores, embedded = np.zeros(len(labels)), []
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        network = _Network(samples, settings, ~held_out)
+        families, (known, known_labels) = samples.untouched(held_out), samples.known(~held_out)
+        class_scores[torch.from_numpy(held_out)] = network.class_scores(families)
+        embedded.append((held_out, network.embed(known), known_labels, network.embed(families)))
+    chosen = OPEN_SET_SCORES[score]().choose([(known, asked) for _, known, _, asked in embedded])
+    for held_out, known, known_labels, asked in embedded:
+        fitted = OPEN_SET_SCORES[score](**chosen).fit(known, known_labels)
+        open_set_scores[held_out] = fitted.score_samples(asked)
     strangers = []
     for left_out in class_folds(labels, real):
         strange = np.isin(labels, left_out)
