@@ -18,7 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint_protoleak import CheckpointMixin, encode_with, make_scheduler, schedule_of
+from .checkpoint_protoleak import (
+    CheckpointMixin,
+    encode_with,
+    in_patches,
+    lays_out_pixels,
+    make_scheduler,
+    schedule_of,
+)
 from .configuration_protoleak import ProtoLeakConfig
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
@@ -57,7 +64,7 @@ def forward_diffusion(
     """
     alphas_cumprod = alphas_cumprod.to(latents).view(-1, 1, 1, 1)
     sigma = (1 - alphas_cumprod).sqrt()
-    noisy = alphas_cumprod.sqrt() * latents[:, None] + sigma * noise
+    noisy = (alphas_cumprod.sqrt() * latents[:, None]).add_(sigma * noise)
     return noisy / sigma if sigma_normalization else noisy
 
 
@@ -219,14 +226,15 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         encoded = [self._encode(pixels) for pixels in pyramid]
         if len(views) > 1:
             varied = (flat.flatten(2).amax(dim=2) > flat.flatten(2).amin(dim=2)).any(dim=1)
-            encoded = [latents * varied.to(latents)[:, None, None, None] for latents in encoded]
+            encoded = [latents.mul_(varied.to(latents)[:, None, None, None]) for latents in encoded]
         return [latents.unflatten(0, views) for latents in encoded]
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) -> (N, C, H, W), float32"""
         if self.vae.device.type != "cpu" or torch.compiler.is_compiling():
             return encode_with(self.vae, pixel_values)
-        return torch.cat(in_threads(partial(encode_with, self.vae), pixel_values.split(TOGETHER)))
+        encode = in_patches if lays_out_pixels(self.vae) else partial(encode_with, self.vae)
+        return torch.cat(in_threads(encode, pixel_values.to(self.vae.dtype).split(TOGETHER)))
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """

@@ -5,6 +5,7 @@ whitening, normalisation of contrast; and the discriminant of such features that
 N, C, H, W in shape comments: latents or feature maps, channels, height, width; F: features, K: classes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ def evidence(latents: torch.Tensor) -> torch.Tensor:
     mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
     (N, C, H, W) -> (N,)
     """
-    deviation = latents.flatten(2).var(dim=2, correction=0).mean(dim=1).sqrt()
+    grid = latents.flatten(2)
+    size = torch.linalg.vector_norm(grid - grid.mean(dim=2, keepdim=True), dim=(1, 2))  # `var` is slow
+    deviation = size / math.sqrt(math.prod(latents.shape[1:]))
     return torch.where(deviation > FLAT, deviation / FULL_EVIDENCE, 0.0).clamp_max(1)
 
 
