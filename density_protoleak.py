@@ -52,9 +52,9 @@ class OpenSetDetector:
         open_set_scores (`dict[str, str]`):
             A name of `OPEN_SET_SCORES` for `"embeddings"`, for `"statistics"`, or for both.
         train_, held_out_ (`dict[str, torch.Tensor]`):
-            Embeddings and gates (n, D), labels (n,) and, where a score is of them, statistics (n, S) of
-            training images, and of held-out ones (validation). `held_out_` is `None` where cross-fitting
-            calibrated.
+            Embeddings and gates (n, D), labels (n,) and, where a score is of them, statistics (n, S),
+            float16, of training images, and of held-out ones (validation). `held_out_` is `None` where
+            cross-fitting calibrated.
         scores_ (`dict[str, OpenSetScore]`): Fitted on those of training images; not on disk, see there.
         chosen_ (`dict[str, dict[str, float]]`): What fitting them chose, such as a bandwidth.
         spreads_ (`dict[str, list[float]]`):
@@ -177,8 +177,9 @@ class OpenSetDetector:
             return source[name] if isinstance(source, dict) else getattr(source, name)
 
         needed = {"embeddings": None, "gates": None} | self.open_set_scores
-        parts = {name: as_samples(part(name)).float() for name in needed}
-        parts |= {name: parts[name].half().float() for name in HALVED if name in parts}
+        kinds = {name: torch.float16 if name in HALVED else torch.float64 for name in needed}
+        parts = {name: as_samples(part(name), dtype=kind) for name, kind in kinds.items()}
+        parts |= {name: parts[name].float() for name in ("embeddings", "gates")}  # statistics are many
         parts["labels"] = torch.as_tensor(np.asarray(part("labels") if labels is None else labels)).long()
         shapes = {name: tuple(values.shape) for name, values in parts.items()}
         counts = {shape[0] for shape in shapes.values()}

@@ -6,6 +6,8 @@ B, S, T, D in shape comments: batch, scales, timesteps, embedding size; P, F: po
 them that are projected; C, H, W: latent channels, height, width.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from transformers import AutoBackbone
@@ -123,12 +125,17 @@ class LeakEncoder(nn.Module):
     # --- the start as a discriminant
 
     @torch.no_grad()
-    def fit_norm(self, pooled: torch.Tensor) -> None:
-        """Fit `norm`, where there is one, to pooled features (n, S, P)."""
+    def fit_norm(self, batches: Iterable[torch.Tensor]) -> None:
+        """Fit `norm`, where there is one, to pooled features, batches (n, S, P) of at least 2 in all."""
         if isinstance(self.norm, nn.BatchNorm1d):
-            features = self.projected(pooled).flatten(1)
-            self.norm.running_mean.copy_(features.mean(dim=0))
-            self.norm.running_var.copy_(features.var(dim=0))
+            count, total, squares = 0, *torch.zeros(2, self.norm.num_features, dtype=torch.float64)
+            for pooled in batches:
+                features = self.projected(pooled).flatten(1).double()
+                count += len(features)
+                total += features.sum(dim=0)
+                squares += features.square().sum(dim=0)
+            self.norm.running_mean.copy_(total / count)
+            self.norm.running_var.copy_((squares - total.square() / count).clamp_min(0) / (count - 1))
 
     @torch.no_grad()
     def family_features(self, pooled: torch.Tensor) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .statistics_protoleak import shrunk
+from .statistics_protoleak import blocks, shrunk
 
 # candidates, in units of the samples' root mean square spread
 BANDWIDTHS = tuple(float(h) for h in np.geomspace(0.05, 5.0, 25))
@@ -38,10 +38,12 @@ class Estimator:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.get_params().items())})"
 
 
-def as_samples(array: Any, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Rows of features as float64, (n, F); `ValueError` for none, another shape, or NaN."""
+def as_samples(
+    array: Any, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float64
+) -> torch.Tensor:
+    """Rows of features, (n, F), as float64 or `dtype`; `ValueError` for none, another shape, or NaN."""
     tensor = torch.as_tensor(np.asarray(array) if not isinstance(array, torch.Tensor) else array)
-    tensor = tensor.detach().to(device=device, dtype=torch.float64)
+    tensor = tensor.detach().to(device=device, dtype=dtype)
     if tensor.ndim != 2 or tensor.shape[0] == 0:
         raise ValueError(f"features must have shape (n, F), n at least 1; got {tuple(tensor.shape)}")
     if not torch.isfinite(tensor).all():
@@ -64,7 +66,7 @@ class GaussianKDE(Estimator):
         bandwidths (`list[float]`): Candidates, in units of the root mean square spread per dimension of what
             is fitted.
         n_folds (`int`, defaults to 5): Folds of the choice; sample i is in fold i % n_folds.
-        block_size (`int`, defaults to 2048): Rows and columns of a block of distances: 32 MB in float64.
+        block_size (`int`, defaults to 1024): Rows and columns of a block of distances: 8 MB in float64.
         device (`str`, defaults to `"cpu"`): Where it is computed; a device without float64 (mps) won't do.
         dtype (`str`, defaults to `"float64"`):
             Of the distances: `"float32"` takes half the memory, and log densities are then off by about 1e-6
@@ -77,7 +79,7 @@ class GaussianKDE(Estimator):
         bandwidth: float | None = None,
         bandwidths: tuple[float, ...] = BANDWIDTHS,
         n_folds: int = 5,
-        block_size: int = 2048,
+        block_size: int = 1024,
         device: str = "cpu",
         dtype: str = "float64",
     ):
@@ -139,10 +141,14 @@ class GaussianKDE(Estimator):
         for start in range(0, len(samples), self.block_size):
             block = samples[start : start + self.block_size]
             norms = query_norms + block.square().sum(dim=1)
-            distances = torch.addmm(norms, queries, block.T, alpha=-2).clamp_(min=0)
+            distances = norms.addmm_(queries, block.T, alpha=-2).clamp_(min=0)
+            nearest = distances.amin(dim=1)
+            distances -= nearest[:, None]
+            kernels = torch.empty_like(distances)  # for all bandwidths in turn
             for row, bandwidth in enumerate(bandwidths):
-                block_sum = torch.logsumexp(distances * (-0.5 / bandwidth**2), dim=1)
-                sums[row] = torch.logaddexp(sums[row], block_sum)
+                factor = -0.5 / bandwidth**2
+                block_sum = torch.mul(distances, factor, out=kernels).exp_().sum(dim=1).log()
+                sums[row] = torch.logaddexp(sums[row], block_sum + nearest * factor)
         return sums
 
     def log_likelihoods(self, X: Any, bandwidths: list[float]) -> np.ndarray:  # noqa: N803
@@ -185,14 +191,15 @@ class OpenSetScore(Estimator):
         self.unit_length = unit_length
 
     def fit(self, X: Any, y: Any) -> "OpenSetScore":  # noqa: N803
-        samples, labels = self._scaled(X), torch.as_tensor(np.asarray(y)).long()
+        samples, labels = as_samples(X, dtype=None), torch.as_tensor(np.asarray(y)).long()
         if labels.shape != samples.shape[:1]:
             raise ValueError(f"y must hold a label a row of X; got {len(labels)} for {len(samples)}")
         self._fit(samples, labels)
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
-        return self._score(self._scaled(X)).numpy()
+        samples = as_samples(X, dtype=None)
+        return torch.cat([self._score(self._scaled(samples[rows])) for rows in blocks(samples)]).numpy()
 
     def chosen(self) -> dict[str, float]:
         """Parameters that `fit` chose at some cost: with them it need not do so again on the same images."""
@@ -209,6 +216,7 @@ class OpenSetScore(Estimator):
         return F.normalize(samples) if self.unit_length else samples
 
     def _fit(self, samples: torch.Tensor, labels: torch.Tensor) -> None:
+        """On samples as they were given, which [`_scaled`] makes float64 of."""
         raise NotImplementedError
 
     def _score(self, samples: torch.Tensor) -> torch.Tensor:
@@ -223,7 +231,7 @@ class PooledDensity(OpenSetScore):
         self.bandwidth = bandwidth
 
     def _fit(self, samples, labels):
-        self.kde_ = GaussianKDE(self.bandwidth).fit(samples)
+        self.kde_ = GaussianKDE(self.bandwidth).fit(self._scaled(samples))
 
     def chosen(self):
         return {"bandwidth": self.kde_.bandwidth_}
@@ -254,10 +262,16 @@ class GaussianDensity(OpenSetScore):
         self.shrinkage = shrinkage
 
     def _fit(self, samples, labels):
-        means = torch.stack([samples[labels == k].mean(dim=0) for k in range(int(labels.max()) + 1)])
-        centred = samples - means[labels]
-        covariance = shrunk(centred.T @ centred / len(samples), self.shrinkage)
-        self.factor_ = torch.linalg.cholesky(covariance)
+        counts, size = labels.bincount()[:, None], samples.shape[1]
+        means = torch.zeros(len(counts), size, dtype=torch.float64)
+        for rows in blocks(samples):
+            means.index_add_(0, labels[rows], self._scaled(samples[rows]))
+        means /= counts
+        scatter = torch.zeros(size, size, dtype=torch.float64)
+        for rows in blocks(samples):
+            centred = self._scaled(samples[rows]) - means[labels[rows]]
+            scatter += centred.T @ centred
+        self.factor_ = torch.linalg.cholesky(shrunk(scatter / len(samples), self.shrinkage))
         self.means_ = self._whitened(means)  # (K, F)
 
     def _score(self, samples):

@@ -3,17 +3,27 @@ What latents look like as textures, without what they show: statistics over the 
 whitening, normalisation of contrast; and the discriminant of such features that a network begins as.
 
 N, C, H, W in shape comments: latents or feature maps, channels, height, width; F: features, K: classes.
+Rows of features (n, F) are a tensor, or stand for one that is not in memory: they have its `shape`, and a
+slice of them is a tensor.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 FULL_EVIDENCE = 0.1  # deviation of whitened latents from which on a crop counts fully
 FLAT = 1e-4  # deviation up to which a crop shows nothing but rounding
+BLOCK = 2**20  # features that are looked at at once: 8 MB in float64
+
+
+def blocks(rows: Any, least: int = 0) -> list[slice]:
+    """Slices of rows (n, ...), at least one, of up to `BLOCK` or `least` numbers each."""
+    step = max(1, max(BLOCK, least) // math.prod(rows.shape[1:]))
+    return [slice(start, min(start + step, len(rows))) for start in range(0, max(1, len(rows)), step)]
 
 
 def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
@@ -216,34 +226,54 @@ class Discriminant:
     centre: torch.Tensor
     means: torch.Tensor
 
-    def squared_distances(self, features: torch.Tensor) -> torch.Tensor:
-        """To each class's mean: (n, F) -> (n, K); infinite where a class has none."""
-        projected = (features.double() - self.centre) @ self.projection
-        return torch.cdist(projected, self.means).square().nan_to_num(nan=torch.inf)
+    def project(self, features: Any) -> torch.Tensor:
+        """Rows (n, F) -> (n, A)"""
+        parts = [(features[rows].double() - self.centre) @ self.projection for rows in blocks(features)]
+        return torch.cat(parts)
+
+    def squared_distances(self, features: Any) -> torch.Tensor:
+        """To each class's mean: rows (n, F) -> (n, K); infinite where a class has none."""
+        return torch.cdist(self.project(features), self.means).square().nan_to_num(nan=torch.inf)
 
 
 def fit_discriminant(
-    features: torch.Tensor, labels: torch.Tensor, num_labels: int, shrinkages: Sequence[float], max_axes: int
+    features: Any, labels: torch.Tensor, num_labels: int, shrinkages: Sequence[float], max_axes: int
 ) -> list[Discriminant]:
     """
-    The shrunk linear discriminants of features (n, F) with labels 0..K-1 (n,), one for each of `shrinkages`:
-    how far the covariance within classes is drawn to a multiple of the identity. Classes count alike,
-    however many samples they have.
+    The shrunk linear discriminants of rows of features (n, F) with labels 0..K-1 (n,), one for each of
+    `shrinkages`: how far the covariance within classes is drawn to a multiple of the identity. Classes count
+    alike, however many samples they have.
     """
-    seen = labels.unique()
-    class_means = features.new_full((num_labels, features.shape[1]), torch.nan)
-    class_means[seen] = torch.stack([features[labels == k].mean(dim=0) for k in seen])
-    weights = 1 / labels.bincount(minlength=num_labels)[labels] / len(seen)
-    deviations = (features - class_means[labels]) * weights.sqrt()[:, None]
+    sums = torch.zeros(num_labels, features.shape[1], dtype=torch.float64)
+    for rows in blocks(features):
+        sums.index_add_(0, labels[rows], features[rows].double())
+    class_means = sums / labels.bincount(minlength=num_labels)[:, None]  # NaN without a sample
+    deviations = _Deviations(features, labels, class_means)
     return discriminants_of(class_means, deviations, shrinkages, max_axes)
 
 
+class _Deviations:
+    """Rows of features (n, F) less the mean of their class, weighed so that classes count alike."""
+
+    def __init__(self, features: Any, labels: torch.Tensor, class_means: torch.Tensor):
+        self.features, self.labels, self.means = features, labels, class_means.float()
+        counts = labels.bincount()
+        self.weights = (1 / counts[labels] / (counts > 0).sum()).sqrt()[:, None]
+        self.shape = features.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return (self.features[rows] - self.means[self.labels[rows]]).mul_(self.weights[rows])
+
+
 def discriminants_of(
-    class_means: torch.Tensor, deviations: torch.Tensor, shrinkages: Sequence[float], max_axes: int
+    class_means: torch.Tensor, deviations: Any, shrinkages: Sequence[float], max_axes: int
 ) -> list[Discriminant]:
     """
     The linear discriminants of classes with these means (K, F), NaN for those without a sample, and a
-    covariance that is the sum of squares of `deviations` (m, F), shrunk by each of `shrinkages`.
+    covariance that is the sum of squares of `deviations`, rows (m, F), shrunk by each of `shrinkages`.
     """
     seen = (~class_means.isnan().any(dim=1)).nonzero()[:, 0]
     centre = class_means[seen].double().mean(dim=0)
@@ -257,28 +287,50 @@ def discriminants_of(
 
 
 def _solve_shrunk(
-    deviations: torch.Tensor, means: torch.Tensor, shrinkages: Sequence[float]
+    deviations: Any, means: torch.Tensor, shrinkages: Sequence[float]
 ) -> Iterator[torch.Tensor]:
     """
-    Means (K, F) divided by the shrunk covariance of deviations (m, F): (F, K) for each shrinkage. Of fewer
-    deviations than features it is their products with each other that are inverted (Woodbury's identity).
+    Means (K, F) divided by the shrunk covariance of deviations, rows (m, F): (F, K) for each shrinkage. Of
+    fewer deviations than features it is their products with each other that are inverted (Woodbury's
+    identity). Deviations are read block by block, so that memory is that of the smaller matrix.
     """
     count, size = deviations.shape
     if count >= size:
-        covariance = (deviations.T @ deviations).double()
+        covariance = _covariance(deviations)
         for shrinkage in shrinkages:
-            factor = torch.linalg.cholesky(shrunk(covariance, shrinkage))
-            yield torch.cholesky_solve(means.T, factor)
+            yield torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk(covariance, shrinkage)))
         return
-    products = (deviations @ deviations.T).double()
+    products = _products(deviations)
     ridge = (products.trace() / size).clamp_min(1e-9)
-    deviations = deviations.double()
-    along = deviations @ means.T
+    along = torch.cat([deviations[rows].double() @ means.T for rows in blocks(deviations)])
     for shrinkage in shrinkages:
         factor = (1 - shrinkage) * products
         factor.diagonal().add_(shrinkage * ridge)
         inner = torch.cholesky_solve(along, torch.linalg.cholesky(factor))
-        yield (means.T - (1 - shrinkage) * deviations.T @ inner) / (shrinkage * ridge)
+        back = sum(deviations[rows].double().T @ inner[rows] for rows in blocks(deviations))
+        yield (means.T - (1 - shrinkage) * back) / (shrinkage * ridge)
+
+
+def _covariance(deviations: Any) -> torch.Tensor:
+    """The sum of squares of rows (m, F): (F, F), float64."""
+    size = deviations.shape[1]
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    for rows in blocks(deviations, least=size * size // 2):  # few, as each changes all of it
+        block = deviations[rows]
+        covariance += block.T @ block
+    return covariance
+
+
+def _products(deviations: Any) -> torch.Tensor:
+    """Of rows (m, F) with each other: (m, m), float64."""
+    products = torch.empty(len(deviations), len(deviations), dtype=torch.float64)
+    parts = blocks(deviations, least=32 * BLOCK)  # few, as each is read for every other
+    for i, rows in enumerate(parts):
+        block = deviations[rows]
+        for others in parts[: i + 1]:
+            found = block @ (block if others == rows else deviations[others]).T
+            products[rows, others], products[others, rows] = found, found.T
+    return products
 
 
 def _discriminant_axes(solved: torch.Tensor, means: torch.Tensor, max_axes: int) -> torch.Tensor:

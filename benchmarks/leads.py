@@ -37,7 +37,7 @@ from protoleak.statistics_protoleak import LatentWhitening
 from protoleak.texture_protoleak import log_covariance
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.cross_fitting import join_learned
-from protoleak.training.initialisation import class_names, fit_whitening, make_model, make_samples
+from protoleak.training.initialisation import class_names, fit_whitening, make_model
 from protoleak.training.latents import LatentCache, View
 from protoleak.training.views import training_views
 from sklearn.decomposition import PCA
@@ -228,9 +228,10 @@ def of_model(
 def recipe(images: Images) -> across.Grouped:
     """What the bundled checkpoint begins as discriminants of."""
     pooled = images.pooled(*POOLED[0], training_views(1, 2))
-    images.model.protoleak.encoder.fit_norm(pooled)
-    samples = make_samples(images.model, pooled, torch.from_numpy(images.labels))
-    return across.Grouped(**vars(samples), groups=images.groups)
+    encoder, config = images.model.protoleak.encoder, images.model.config
+    encoder.fit_norm([pooled])
+    families, labels = encoder.family_features(pooled), torch.from_numpy(images.labels)
+    return across.Grouped(families, labels, config.num_labels, config.embedding_size, images.groups)
 
 
 def canonical(images: Images, views: Sequence[View]) -> across.Grouped:

@@ -104,30 +104,36 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model, data: LatentDataset, accelerator: Accelerator, batch_size: int = 64) -> Predictions:
+def predict(
+    model, data: LatentDataset, accelerator: Accelerator, statistics: bool = True, batch_size: int = 64
+) -> Predictions:
     """
-    Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results.
+    Run `model` over (latents, labels), shared out over the processes of `accelerator`; each gets all results:
+    with `statistics`, which are large, where an open-set score is to be fitted or compared.
     """
     module = accelerator.unwrap_model(model)
     training = module.training
     module.eval()
-    parts: dict[str, list[np.ndarray]] = {}
+    columns, done = {}, 0
     kind = "features" if module.takes_features else "latents"
     for inputs, labels in accelerator.prepare(DataLoader(data, batch_size)):
         output = module(**{kind: inputs.float()}, return_dict=True)
-        row = _columns(output, accelerator.device) | {"labels": labels}
+        row = _columns(output, accelerator.device, statistics) | {"labels": labels}
         for name, part in accelerator.gather_for_metrics(row).items():
-            parts.setdefault(name, []).append(part.cpu().numpy())
+            if name not in columns:  # whole from the start: joined parts would be in memory twice
+                columns[name] = np.empty((len(data), *part.shape[1:]), part.cpu().numpy().dtype)
+            columns[name][done : done + len(part)] = part.cpu()
+        done += len(part)
     module.train(training)
-    made = Predictions(**{name: np.concatenate(part) for name, part in parts.items()})
+    made = Predictions(**columns)
     is_refused = getattr(data, "is_refused", None)
     return made if is_refused is None else made.without_evidence(is_refused)
 
 
-def _columns(output, device: torch.device) -> dict[str, torch.Tensor]:
+def _columns(output, device: torch.device, statistics: bool) -> dict[str, torch.Tensor]:
     """The fields of [`Predictions`] that a model's output has, labels aside."""
     columns = {name: getattr(output, name).float() for name in ("embeddings", "gates")}
-    if output.statistics is not None:
+    if statistics and output.statistics is not None:
         columns["statistics"] = output.statistics.float()
     columns["probabilities"] = output.logits.double().softmax(dim=1)
     names = ("open_set_score", "p_values", "class_p_values", "generated_p_values")

@@ -308,10 +308,11 @@ def evaluate_model(
     noise_seeds = 1 if model.takes_features else noise_seeds  # features hold the noise they were pooled with
     given = {"test": test, CROSS: cross, "unknown": unknown}
     data = {name: latents for name, latents in given.items() if latents is not None}
-    parts = {name: predict(model, latents, accelerator) for name, latents in data.items()}
+    compared = unknown is not None
+    parts = {name: predict(model, latents, accelerator, compared) for name, latents in data.items()}
     levels = (config.alpha, config.camera_alpha)
     splits = evaluate_splits(parts, config.label_names, *levels, unknown_names, resamples)
-    if unknown is not None:
+    if compared:
         for name, table in compare_open_set_scores(model, parts).items():
             splits[name].open_set_scores = table
     first = {name: split.metrics for name, split in splits.items()}
@@ -378,7 +379,7 @@ def _over_noise_seeds(
     try:
         for seed in range(own_seed + 1, own_seed + count):
             model.protoleak.set_noise_seed(seed)
-            parts = {name: predict(model, latents, accelerator) for name, latents in data.items()}
+            parts = {name: predict(model, latents, accelerator, False) for name, latents in data.items()}
             for split, values in draws.items():
                 metrics = compute_metrics(
                     parts[split], parts.get("unknown"), config.label_names, config.alpha, config.camera_alpha

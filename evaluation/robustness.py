@@ -34,7 +34,10 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
     encoded = {split: subject.cache().encode_views(part, views) for split, part in rows.items()}
     table, untouched = [], None
     for view in tqdm(views, "robustness", disable=not accelerator.is_main_process):
-        parts = {split: predict(model, of_views[view], accelerator) for split, of_views in encoded.items()}
+        parts = {
+            split: predict(model, of_views[view], accelerator, statistics=False)
+            for split, of_views in encoded.items()
+        }
         metrics = compute_metrics(parts["test"], parts.get("unknown"), names, alpha)
         verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
         untouched = verdicts if untouched is None else untouched

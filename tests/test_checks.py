@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from protoleak.forensics.scan import Attributor
 from protoleak.postprocessing_protoleak import postprocess
 from protoleak.train import train
 from protoleak.training.card import HubFacts, write_card
+from protoleak.training.checks import Screen
 
 from .conftest import arguments, draw
 
@@ -37,6 +39,19 @@ def test_bad_data_is_named(tmp_path, folder, recipe, caplog):
     missing = {"skip_unreadable": True, "vae_name_or_path": str(tmp_path / "no_such_vae")}
     with pytest.raises(OSError, match="no_such_vae"):
         train(arguments(tmp_path, folder, recipe, **missing))
+
+
+def test_images_are_screened_without_holding_them_all():
+    images = [{"bytes": bytes([i]) * 100_000, "path": None} for i in range(200)]  # 20 MB
+    rows = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image(decode=False))
+    del images
+    screen = Screen(max_pixels=100)
+    tracemalloc.start()
+    assert len(screen("train", rows)) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(screen.faults) == 200
+    assert peak < 8e6
 
 
 def test_training_warns_of_what_ruins_it_and_the_checkpoint_says_what_it_is_for(

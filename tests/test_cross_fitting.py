@@ -20,7 +20,8 @@ from protoleak.training.cross_fitting import (
     join_learned,
     source_folds,
 )
-from protoleak.training.initialisation import begin_as, make_samples
+from protoleak.training.features import make_samples
+from protoleak.training.initialisation import begin_as
 
 from .conftest import TEXTURE, tiny_model
 
@@ -262,7 +263,7 @@ def test_open_set_scores_are_those_of_embeddings_of_the_networks_size(embedding_
     torch.manual_seed(0)
     views = torch.randn(60, 1, sum(model.protoleak.encoder.parts.values())).abs()
     labels, fitted = torch.arange(60) % 3, np.arange(60) % 5 > 0
-    samples = make_samples(model, views, labels)
+    samples = make_samples(model, [views], labels)
     found = cross_fit(samples, SETTINGS, np.where(fitted, 0, 1), np.full(3, 5), "kde", real=None)
     begin_as(model, samples, fitted, SETTINGS)
     with torch.no_grad():

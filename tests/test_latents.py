@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 from protoleak import ProtoLeakImageProcessor
 from protoleak.evaluation.splits import load_splits
-from protoleak.training.initialisation import pool_features
+from protoleak.training.features import pool_features
 from protoleak.training.latents import LatentCache, View
 from protoleak.training.views import RandomView, ViewsInTurn, training_views
 

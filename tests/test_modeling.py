@@ -137,7 +137,7 @@ def begun(model: ProtoLeakForImageAttribution) -> ProtoLeakForImageAttribution:
     """With features in units of their deviation, and a detector."""
     noise = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.3
     model.protoleak.fit_whitening([model.protoleak.encode(noise)[0]])
-    model.protoleak.encoder.fit_norm(model(noise).features.mean(dim=2))
+    model.protoleak.encoder.fit_norm([model(noise).features.mean(dim=2)])
     fit_random_detector(model)
     model.detector.temperature_ = 1.0  # random embeddings would ask for logits of nearly zero
     return model

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from protoleak import GaussianKDE
+from protoleak import GaussianKDE, statistics_protoleak
 from protoleak.scores_protoleak import OPEN_SET_SCORES, GaussianDensity
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
@@ -98,6 +98,15 @@ def test_gaussian_density_is_scipys(blobs):
     found = GaussianDensity(shrinkage=0.0).fit(few, labels).score_samples(asked)
     expected = np.log(sum(densities))
     np.testing.assert_allclose(found - found[0], expected - expected[0], atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(OPEN_SET_SCORES))
+def test_scores_are_the_same_however_few_rows_are_looked_at_at_once(blobs, name, monkeypatch):
+    samples, labels, queries = blobs
+    expected = OPEN_SET_SCORES[name]().fit(samples, labels).score_samples(queries)
+    monkeypatch.setattr(statistics_protoleak, "BLOCK", 7 * samples.shape[1])
+    found = OPEN_SET_SCORES[name]().fit(samples, labels).score_samples(queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["l2_kde", "l2_mahalanobis"])

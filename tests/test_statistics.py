@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from protoleak import statistics_protoleak
 from protoleak.statistics_protoleak import (
     LatentWhitening,
     discriminants_of,
@@ -122,6 +123,36 @@ class Fixed:
         return self
 
 
+class Drawn:
+    """Rows of three classes that are never all in memory: each slice is drawn when it is read."""
+
+    def __init__(self, count: int, size: int):
+        self.shape, self.read, self.largest = (count, size), 0, 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        places = torch.arange(rows.start, rows.stop)
+        self.read, self.largest = self.read + places.numel(), max(self.largest, places.numel())
+        columns = torch.arange(1, self.shape[1] + 1)
+        return (places[:, None] * columns * 0.37).sin() + (places % 3)[:, None] / columns
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_rows_are_read_block_by_block_and_give_what_all_of_them_at_once_give(count, monkeypatch):
+    drawn, labels = Drawn(count, 40), torch.arange(count) % 3
+    features = drawn[slice(0, count)]
+    whole = fit_discriminant(features, labels, 3, (0.05, 0.4), max_axes=16)
+    drawn = Drawn(count, 40)
+    monkeypatch.setattr(statistics_protoleak, "BLOCK", 4)
+    found = fit_discriminant(drawn, labels, 3, (0.05, 0.4), max_axes=16)
+    assert drawn.largest <= 20 < 30 <= drawn.read  # rows: half as many numbers as the covariance has
+    for one, other in zip(found, whole, strict=True):
+        expected = other.squared_distances(features)
+        torch.testing.assert_close(one.squared_distances(drawn), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_it_is_the_same_whether_there_are_more_features_or_more_samples():
     """Deviations of zero change no covariance, only which way it is inverted."""
     rng = torch.Generator().manual_seed(0)
@@ -183,7 +214,7 @@ def test_a_network_begins_as_the_discriminants_of_its_features(overrides):
     torch.nn.init.zeros_(model.protoleak.attention.query)
     encoder = model.protoleak.encoder
     pooled = model(latents=z).features.mean(dim=2)
-    encoder.fit_norm(pooled)
+    encoder.fit_norm([pooled])
     families, factors = encoder.family_features(pooled), [0.5, 0.25][: len(encoder.families)]
     found = [fit_discriminant(family, labels, 3, (0.1,), 8)[0] for family in families]
     model.initialise_as_discriminant(found, factors)

@@ -36,15 +36,16 @@ class Screen:
     def __call__(self, what: str, rows: Dataset) -> Dataset:
         """The rows whose images can be read; `what` names the split."""
         with ThreadPoolExecutor(2) as pool:
-            reasons = list(pool.map(self._fault, rows.select_columns("image")))
+            batches = rows.select_columns("image").iter(16)  # all at once would be in memory
+            reasons = [reason for batch in batches for reason in pool.map(self._fault, batch["image"])]
         told = [f"{what}, row {i}: {reason}" for i, reason in enumerate(reasons) if reason]
         self.faults += told
         readable = np.flatnonzero([reason is None for reason in reasons])
         return rows.select(readable) if told else rows
 
-    def _fault(self, row: dict[str, Any]) -> str | None:
+    def _fault(self, image: dict[str, Any]) -> str | None:
         try:
-            open_image(row["image"], self.max_pixels, name=row["image"]["path"])
+            open_image(image, self.max_pixels, name=image["path"])
         except (OSError, ValueError, MemoryError) as error:
             return str(error) or type(error).__name__
         return None

@@ -48,8 +48,8 @@ class Samples:
     Features of training images.
 
     Args:
-        families (`list[torch.FloatTensor]`): For each family (n, F), n = images times views, all images of
-            the first view first.
+        families (`list`): For each family rows (n, F), n = images times views, all images of the first view
+            first: tensors, or in files.
         labels (`torch.LongTensor` of shape `(num_images,)`): Classes 0..K-1.
         num_labels (`int`): K.
         embedding_size (`int`): D, of which each family's discriminant has its share.
@@ -68,19 +68,19 @@ class Samples:
     def fit(self, images: np.ndarray, shrinkages: Sequence[Sequence[float]]) -> list[list[Discriminant]]:
         """Discriminants of some images (mask, (num_images,)) in all their views: by family and shrinkage."""
         views = len(self.families[0]) // len(self.labels)
-        rows = torch.from_numpy(np.tile(images, views))
-        labels = self.labels.repeat(views)[rows]
+        rows = torch.from_numpy(np.flatnonzero(np.tile(images, views)))
+        labels = self.labels[rows % len(self.labels)]
         return [
             fit_discriminant(family[rows], labels, self.num_labels, values, self.max_axes)
             for family, values in zip(self.families, shrinkages, strict=True)
         ]
 
-    def untouched(self, images: np.ndarray) -> list[torch.Tensor]:
+    def untouched(self, images: np.ndarray) -> list:
         """The families of some images in their first view."""
         rows = torch.from_numpy(np.flatnonzero(images))
         return [family[rows] for family in self.families]
 
-    def known(self, images: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def known(self, images: np.ndarray) -> tuple[list, torch.Tensor]:
         """
         The families and labels of some images as a detector remembers them: in their first view and, where
         there are others, once more in one of these in turn.
@@ -284,13 +284,13 @@ class _Network:
         self.discriminants = [d[0] for d in samples.fit(images, shrinkages)]
         self.scales, self.size = settings.scales, samples.embedding_size
 
-    def class_scores(self, families: list[torch.Tensor]) -> torch.Tensor:
-        """(m, F) for each family -> (m, K)"""
+    def class_scores(self, families: list) -> torch.Tensor:
+        """Rows (m, F) for each family -> (m, K)"""
         parts = zip(self.discriminants, self.scales, families, strict=True)
         return (-sum(d.squared_distances(x) * scale**2 for d, scale, x in parts) / 2).clamp_min(-1e4)
 
-    def embed(self, families: list[torch.Tensor]) -> torch.Tensor:
-        """(m, F) for each family -> (m, D): a density depends on the number of dimensions, used or not."""
+    def embed(self, families: list) -> torch.Tensor:
+        """Rows (m, F) for each family -> (m, D): a density depends on all dimensions, used or not."""
         parts = zip(self.discriminants, self.scales, families, strict=True)
-        used = torch.cat([(x.double() - d.centre) @ d.projection * scale for d, scale, x in parts], dim=1)
+        used = torch.cat([d.project(x) * scale for d, scale, x in parts], dim=1)
         return F.pad(used, (0, self.size - used.shape[1]))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from ..calibration_protoleak import CrossFitted
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
@@ -20,6 +20,7 @@ from ..image_processing_protoleak import JPEG_QUALITY, ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from .arguments import TrainingArguments
 from .cross_fitting import Samples, Settings, choose_settings, count_sources, cross_fit, source_folds
+from .features import in_blocks, make_samples, pool_batches, pool_features
 from .latents import LatentCache
 from .views import RandomView, without_fillers
 
@@ -95,13 +96,14 @@ def begin_as_discriminant(
     """
     subsets = choose_samples(train, model.config.num_labels, max_samples)
     model.train()
-    pool_features(model, subsets[0], average_crops=False)  # settles the statistics of the backbone's norms
+    for _ in pool_batches(model, subsets[0], average_crops=False):  # settles the backbone's norms
+        pass
     model.eval()
     pooled, labels = pool_features(model, ConcatDataset(subsets), average_crops=False)
     held_out, targets = pool_features(model, validation, average_crops=True)
     fitted = np.arange(len(labels) + len(targets)) < len(labels)
-    model.protoleak.encoder.fit_norm(pooled)
-    samples = make_samples(model, torch.cat([pooled, held_out]), torch.cat([labels, targets]))
+    model.protoleak.encoder.fit_norm(in_blocks(pooled))
+    samples = make_samples(model, in_blocks(pooled, held_out), torch.cat([labels, targets]))
     settings = choose_settings(samples, [(fitted, ~fitted)])
     begin_as(model, samples, fitted, settings)
     return settings
@@ -121,8 +123,8 @@ def begin_across_sources(
     """
     model.eval()
     pooled, labels = zip(*(pool_features(model, view, average_crops=True) for view in views), strict=True)
-    model.protoleak.encoder.fit_norm(torch.cat(pooled))
-    samples = make_samples(model, torch.cat(pooled), labels[0])
+    model.protoleak.encoder.fit_norm(in_blocks(*pooled))
+    samples = make_samples(model, in_blocks(*pooled), labels[0])
     groups = groups_of(rows)
     groups = np.arange(len(rows)) if groups is None else groups
     folds = source_folds(labels[0].numpy(), np.array(rows[SOURCE]), groups)
@@ -133,12 +135,6 @@ def begin_across_sources(
     num_sources = np.array([counts[name] for name in names])
     real = names.index(REAL) if REAL in names else None
     return cross_fit(samples, settings, folds, num_sources, model.config.open_set_scores["embeddings"], real)
-
-
-def make_samples(model: ProtoLeakForImageAttribution, pooled: torch.Tensor, labels: torch.Tensor) -> Samples:
-    """Features (n, S, P) of all views of images with labels (num_images,), as discriminants see them."""
-    families = model.protoleak.encoder.family_features(pooled)
-    return Samples(families, labels, model.config.num_labels, model.config.embedding_size)
 
 
 def begin_as(
@@ -163,23 +159,3 @@ def choose_samples(train: RandomView, num_labels: int, max_samples: int) -> list
     count = max(1, min(len(train.views), max_samples // (len(order) * crops)))
     places = np.linspace(0, len(train.views) - 1, count).round().astype(int)
     return [Subset(train.views[place], order.tolist()) for place in places]
-
-
-@torch.no_grad()
-def pool_features(
-    model: ProtoLeakForImageAttribution, images: Dataset, average_crops: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What the encoder pools, averaged over timesteps, (n, S, P), and labels (n,): a row an image with
-    `average_crops`, else a row a crop, without those that fill a batch up.
-    """
-    features, labels = [], []
-    for inputs, targets in DataLoader(images, 64):
-        if inputs.ndim == 5 and not average_crops:
-            crops = [without_fillers(image) for image in inputs]
-            inputs, counts = torch.cat(crops), torch.tensor([len(image) for image in crops])
-            targets = targets.repeat_interleave(counts)
-        pooled = inputs.float() if model.takes_features else model.protoleak.describe([inputs])["features"]
-        features.append(pooled.mean(dim=2).cpu())
-        labels.append(targets)
-    return torch.cat(features), torch.cat(labels)

@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 ITEM_SIZE = np.dtype(np.float16).itemsize
 
 
+def cache_folder() -> Path:
+    """Where latents are kept."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
+
+
 @dataclass(frozen=True)
 class View:
     """
@@ -119,7 +124,7 @@ class LatentCache:
     ):
         self.model, self.processor, self.accelerator = model, processor, accelerator
         self.batch_size, self.shard_size = batch_size, shard_size
-        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "protoleak"
+        self.folder = cache_folder()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def train_steps(
 
 def validate(network: torch.nn.Module, validation: Dataset, accelerator: Accelerator) -> dict[str, float]:
     """Cross-entropy and accuracy."""
-    predictions = predict(network, validation, accelerator)
+    predictions = predict(network, validation, accelerator, statistics=False)
     probabilities, labels = predictions.probabilities, predictions.labels
     return {
         "validation_loss": float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean()),
