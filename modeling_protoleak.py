@@ -33,7 +33,7 @@ from .explanation_protoleak import explain
 from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
-from .texture_protoleak import TOGETHER, PrincipalPlane, in_threads
+from .texture_protoleak import POSITIONS, TOGETHER, PrincipalPlane, in_threads
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
@@ -357,14 +357,15 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         textures a CPU takes a few crops at a time, which then stay in its caches.
         """
 
-        def pool(*of_crops: torch.Tensor) -> torch.Tensor:
-            noisy = [self.simulate(latents) for latents in of_crops]  # (n, T, C, H, W) each
-            pooled = [self.encoder.pool(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for z in noisy]
-            return torch.stack(pooled, dim=1)
+        def pool(latents: torch.Tensor) -> torch.Tensor:
+            noisy = self.simulate(latents)  # (n, T, C, H, W)
+            return self.encoder.pool(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2])
 
         if self.training or not self.encoder.is_frozen or self.device.type != "cpu":
-            return pool(*pyramid)
-        return torch.cat(in_threads(pool, *(latents.split(TOGETHER) for latents in pyramid)))
+            return torch.stack([pool(latents) for latents in pyramid], dim=1)
+        parts = [latents.split(max(1, POSITIONS // math.prod(latents.shape[2:]))) for latents in pyramid]
+        pooled = iter(in_threads(pool, [part for of_scale in parts for part in of_scale]))
+        return torch.stack([torch.cat([next(pooled) for _ in of_scale]) for of_scale in parts], dim=1)
 
     def whiten(self, latents: torch.Tensor) -> torch.Tensor:
         """z_0 as it is noised, (N, C, H, W) -> (N, C, H, W)"""

@@ -29,8 +29,8 @@ RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))  #
 NOT_ABOVE = range(3, 7)  # those of them whose row is not above
 RADII = (1, 2, 4)  # how far away they are
 THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
-LANES = 4  # counts of neighbours are kept apart, as a CPU waits where one is changed twice in a row
-TOGETHER = 4  # crops that a thread takes at a time: with fewer it waits for Python, more leave its caches
+TOGETHER = 4  # crops that a thread encodes at a time: with fewer it waits for Python, more leave its caches
+POSITIONS = 2 * 128**2  # of a grid of latents that it describes at a time
 NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
 RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
 
@@ -47,13 +47,14 @@ def _first(plane: torch.Tensor) -> list[torch.Tensor]:
 
 def _second(plane: torch.Tensor) -> list[torch.Tensor]:
     triples = (_windows(plane, 3, along) for along in DIRECTIONS)
-    return [(after + before) / 2 - middle for before, middle, after in triples]
+    return [(after + before).mul_(0.5).sub_(middle) for before, middle, after in triples]
 
 
 def _laplace(plane: torch.Tensor) -> list[torch.Tensor]:
     (left, middle, right), (above, _, below) = (_windows(plane, 3, along) for along in DIRECTIONS)
-    across, down = (left + right)[..., 1:-1, :], (above + below)[..., 1:-1]
-    return [(across + down) / 4 - middle[..., 1:-1, :]]
+    across = left[:, 1:-1] + right[:, 1:-1]
+    down = above[..., 1:-1] + below[..., 1:-1]
+    return [across.add_(down).mul_(0.25).sub_(middle[:, 1:-1])]
 
 
 Residuals = tuple[tuple[Callable[[torch.Tensor], list[torch.Tensor]], tuple[float, ...]], ...]
@@ -89,34 +90,84 @@ def cooccurrences(plane: torch.Tensor, residuals: Residuals = RESIDUALS) -> torc
 
     Args:
         plane: (N, H, W) in units of its standard deviation over many images; H and W at least 6.
-        residuals: Differences, along rows and columns alike, and their steps in the plane's units.
+        residuals: Differences, along rows and columns alike, as arrays of their own, and at most three steps
+            of each in the plane's units.
 
     Returns:
         (N, NUM_PATTERNS times the number of steps), float32; NUM_COOCCURRENCES by default.
     """
     described = []
     for residual, steps in residuals:
-        differences = residual(plane)
-        for step in steps:
-            counts = sum(_count_runs(_levels(x, step)) for x in differences)
-            described.append(_roots_of_shares(counts, _patterns()))
+        cells = [_cells(x, steps) for x in residual(plane * (2 / min(steps)))]
+        counts = _count_runs(cells, 2 * TRUNCATION * len(steps) + 1)
+        described += [_roots_of_shares(counts, *patterns) for patterns in _patterns_of_cells(steps)]
     return torch.cat(described, dim=1)
 
 
-def _levels(values: torch.Tensor, step: float) -> torch.Tensor:
-    """In steps, at most TRUNCATION of them, as 0..LEVELS-1, int16."""
-    levels = (values / step).round_().clamp_(-TRUNCATION, TRUNCATION)
-    return levels.add_(TRUNCATION).to(torch.int16)
+def _thresholds(steps: tuple[float, ...]) -> list[float]:
+    """From which on a value is of the next level, in any of the steps that it is rounded to; ascending."""
+    return sorted((level + 0.5) * step for step in steps for level in range(TRUNCATION))
 
 
-def _count_runs(levels: torch.Tensor) -> torch.Tensor:
-    """Runs of four along rows and along columns: (N, H, W) in 0..4 -> counts (N, 625)"""
-    counts = []
-    for along in DIRECTIONS:
-        pairs = _joined(*_windows(levels, 2, along), LEVELS)
-        runs = _joined(*_windows(pairs, 2, along, spacing=2), LEVELS**2)
-        counts.append(_count(runs, LEVELS**RUN))
-    return sum(counts)
+@cache
+def _ladders(steps: tuple[float, ...]) -> list[tuple[float, int]]:
+    """The same, in units of the lowest, as multiples of few distances: each, and how often it is taken."""
+    thresholds = _thresholds(steps)
+    left, ladders = [x / thresholds[0] for x in thresholds], []
+    while left:
+        distance, count = left[0], 0
+        while (count + 1) * distance in left:
+            count += 1
+            left.remove(count * distance)
+        ladders.append((distance, count))
+    return ladders
+
+
+def _cells(values: torch.Tensor, steps: tuple[float, ...]) -> torch.Tensor:
+    """
+    Between which thresholds a value lies, 0 to twice their number, uint8: this tells its level in each step,
+    how many steps it is, rounded and at most TRUNCATION, and all are counted in one histogram. Values are in
+    units of the lowest threshold, half the smallest step, and are lost.
+    """
+    (unit, count), *others = _ladders(steps)
+    cells = values.clamp(-count - 0.5, count + 0.5).to(torch.int8)  # towards zero
+    for distance, count in others:
+        values.mul_(unit / distance)
+        cells += values.clamp(-count - 0.5, count + 0.5).to(torch.int8)
+        unit = distance
+    return cells.add_(TRUNCATION * len(steps)).view(torch.uint8)
+
+
+@cache
+def _patterns_of_cells(steps: tuple[float, ...]) -> list[tuple[torch.Tensor, int]]:
+    """Which pattern each run of four cells is in each step, (cells to the fourth power,)."""
+    several = []
+    for step in steps:
+        above = [sum(own <= x for own in _thresholds((step,))) for x in _thresholds(steps)]
+        levels = torch.tensor([-n for n in above[::-1]] + [0] + above) + TRUNCATION
+        runs = levels
+        for _ in range(RUN - 1):
+            runs = (runs[:, None] * LEVELS + levels).flatten()
+        several.append((_patterns()[runs], NUM_PATTERNS))
+    return several
+
+
+def _count_runs(several: list[torch.Tensor], base: int) -> torch.Tensor:
+    """
+    Runs of four along rows and along columns: (N, H, W) each, 0 to base - 1, uint8 -> counts (N, base^4), at
+    most 2^15.
+    """
+    count, begin = len(several[0]), 0
+    sizes = [h * (w - RUN + 1) + (h - RUN + 1) * w for h, w in (digits.shape[1:] for digits in several)]
+    codes = torch.empty(count, sum(sizes), dtype=torch.int16, device=several[0].device)
+    for digits in several:
+        for along in DIRECTIONS:
+            pairs = _joined(*_windows(digits, 2, along), base).to(torch.int16)
+            first, second = _windows(pairs, 2, along, spacing=2)
+            end = begin + first[0].numel()
+            torch.add(second, first, alpha=base**2, out=codes[:, begin:end].view_as(first))
+            begin = end
+    return _count(codes, base**RUN)
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor, base: int) -> torch.Tensor:
@@ -125,26 +176,25 @@ def _joined(first: torch.Tensor, second: torch.Tensor, base: int) -> torch.Tenso
 
 
 def _count(codes: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each of 0..size-1 occurs in each image: (N, H, W), int16 -> (N, size), int64"""
-    count, _, width = codes.shape
-    apart = (codes + _tables(count, width, size, codes.device)).flatten()
-    counts = torch.bincount(apart, minlength=count * LANES * size)
-    return counts.view(count, LANES, size).sum(dim=1)
+    """How often each of 0..size-1 occurs in each image: (N, L), int16 -> (N, size), int64"""
+    if codes.device.type != "cpu":  # which waits for each count
+        return _count_at_once(codes, size)
+    counts = torch.empty(len(codes), size, dtype=torch.int64)
+    for row, image in zip(counts, codes, strict=True):
+        row.copy_(torch.bincount(image, minlength=size))
+    return counts
 
 
-@cache
-def _tables(count: int, width: int, size: int, device: torch.device) -> torch.Tensor:
-    """Where the counts of each image and lane begin, (N, 1, W)."""
-    lanes = torch.arange(width, device=device) % LANES
-    begins = (torch.arange(count, device=device)[:, None, None] * LANES + lanes) * size
-    return begins.to(torch.int16 if count * LANES * size < 2**15 else torch.int32)
+def _count_at_once(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """The same, by one histogram that has a part for each image."""
+    begins = torch.arange(len(codes), device=codes.device)[:, None] * size
+    return torch.bincount((codes + begins).flatten(), minlength=len(codes) * size).view(-1, size)
 
 
-def _roots_of_shares(counts: torch.Tensor, patterns: torch.Tensor) -> torch.Tensor:
-    """Square roots of how often each pattern occurs: counts (N, L) and the pattern of each (L,) -> (N, P)"""
-    merged = counts.new_zeros(len(counts), int(patterns.max()) + 1)
-    merged = merged.index_add(1, patterns.to(counts.device), counts)
-    return (merged / counts.sum(dim=1, keepdim=True)).sqrt()
+def _roots_of_shares(counts: torch.Tensor, patterns: torch.Tensor, size: int) -> torch.Tensor:
+    """Roots of how often each of P patterns occurs: counts (N, L), which pattern each is (L,) -> (N, P)"""
+    merged = counts.new_zeros(len(counts), size).index_add(1, patterns.to(counts.device), counts)
+    return (merged / merged.sum(dim=1, keepdim=True)).sqrt()
 
 
 @cache
@@ -174,27 +224,37 @@ def cooccurrences_of_contrast(plane: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, NUM_COOCCURRENCES_OF_CONTRAST), float32.
     """
-    mean, square = _around(plane), _around(plane.square())
-    deviation = (square - mean.square()).clamp_min(0).sqrt()
-    contrast = (plane - mean) / (deviation + CONTRAST_FLOOR)
-    levels = _levels(contrast, SQUARE_STEP)
+    contrast = _contrast(plane)
+    levels = _cells(contrast * (2 / SQUARE_STEP), (SQUARE_STEP,))
     described = [cooccurrences(contrast, OF_CONTRAST)]
     for spacing in SPACINGS:
-        rows = _joined(*_windows(levels, 2, -1, spacing), LEVELS)
+        rows = _joined(*_windows(levels, 2, -1, spacing), LEVELS).to(torch.int16)
         squares = _joined(*_windows(rows, 2, -2, spacing), LEVELS**2)
-        described.append(_roots_of_shares(_count(squares, LEVELS**4), _square_patterns()))
+        counts = _count(squares.flatten(1), LEVELS**4)
+        described.append(_roots_of_shares(counts, _square_patterns(), NUM_SQUARES))
     return torch.cat(described, dim=1)
 
 
-def _around(plane: torch.Tensor) -> torch.Tensor:
-    """The mean of the square around each pixel, (N, H, W), mirrored at the border."""
-    total = F.pad(plane[:, None], [CONTRAST_WINDOW // 2] * 4, mode="reflect")[:, 0]
+def _contrast(plane: torch.Tensor) -> torch.Tensor:
+    """How far each pixel is from the mean of the square around it, in units of the deviation there."""
+    padded = F.pad(plane[:, None], [CONTRAST_WINDOW // 2] * 4, mode="reflect")[:, 0]
+    mean, variance = _total_around(padded), _total_around(padded.square_())
+    mean /= CONTRAST_WINDOW**2
+    variance.div_(CONTRAST_WINDOW**2).addcmul_(mean, mean, value=-1)
+    return (plane - mean).div_(variance.clamp_min_(0).sqrt_().add_(CONTRAST_FLOOR))
+
+
+def _total_around(padded: torch.Tensor) -> torch.Tensor:
+    """Of squares of seven pixels a side, of four and two and one: (N, H + 6, W + 6) -> (N, H, W)"""
+    total = padded
     for along in DIRECTIONS:
-        first, second, *others = _windows(total, CONTRAST_WINDOW, along)
-        total = first + second
-        for other in others:
-            total += other
-    return total / CONTRAST_WINDOW**2
+        first, second = _windows(total, 2, along)
+        pairs = first + second
+        first, second = _windows(pairs, 2, along, spacing=2)
+        size = total.shape[along] - CONTRAST_WINDOW + 1
+        fours, last = (first + second).narrow(along, 0, size), total.narrow(along, 6, size)
+        total = fours.add_(pairs.narrow(along, 4, size)).add_(last)
+    return total
 
 
 @cache
@@ -225,28 +285,30 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, NUM_TERNARY_PATTERNS), float32.
     """
-    described = []
+    plane, described = plane / THRESHOLD, []
     for radius in RADII:
         height, width = (size - 2 * radius for size in plane.shape[1:])
-        rings = torch.full((len(plane), height, width), 3**8 // 2, dtype=torch.int16, device=plane.device)
+        middle = torch.full((2, len(plane), height, width), 3**4 // 2, dtype=torch.int8)
+        halves = middle.to(plane.device)  # four signs each
         for place in NOT_ABOVE:
             down, right = (radius * step for step in RING[place])
             signs, left = _signs(plane, down, right), max(0, -right)
-            here = signs[:, radius:, radius - left :]
-            across = signs[:, radius - down :, radius - right - left :]  # of which it is the negative
-            rings.add_(here[:, :height, :width], alpha=3 ** (7 - place))
-            rings.sub_(across[:, :height, :width], alpha=3 ** (7 - (place + 4) % 8))
-        described.append(_roots_of_shares(_count(rings, 3**8), _ring_patterns()))
+            here = signs[:, radius:, radius - left :][:, :height, :width]
+            across = signs[:, radius - down :, radius - right - left :][:, :height, :width]
+            opposite = (place + 4) % 8  # of which it is the negative
+            halves[place // 4].add_(here, alpha=3 ** (3 - place % 4))
+            halves[opposite // 4].sub_(across, alpha=3 ** (3 - opposite % 4))
+        rings = _joined(*halves.to(torch.int16), 3**4)
+        described.append(_roots_of_shares(_count(rings.flatten(1), 3**8), _ring_patterns(), NUM_RINGS))
     return torch.cat(described, dim=1)
 
 
 def _signs(plane: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """Whether the pixel so far away is brighter (1) or darker (-1) by the threshold, in the plane."""
+    """Whether the pixel so far away is brighter by 1 or more (1) or darker (-1), int8, in the plane."""
     height, width, left = plane.shape[1] - down, plane.shape[2] - abs(right), max(0, -right)
     here = plane[:, :height, left : left + width]
     there = plane[:, down:, left + right : left + right + width]
-    steps = (there - here).div_(2 * THRESHOLD).round_().clamp_(-1, 1)
-    return steps.to(torch.int16)
+    return (there - here).clamp_(-1.5, 1.5).to(torch.int8)
 
 
 def log_covariance(latents: torch.Tensor) -> torch.Tensor:
@@ -261,17 +323,47 @@ def log_covariance(latents: torch.Tensor) -> torch.Tensor:
         (N, 2 C (4 C + 1)), float32.
     """
     size = latents.shape[1] * NEIGHBOURHOOD**2
-    centred = latents - latents.mean(dim=(2, 3), keepdim=True)
-    rows = _windows(centred, NEIGHBOURHOOD, -2)
-    squares = [window for row in rows for window in _windows(row, NEIGHBOURHOOD, -1)]
-    positions = torch.stack(squares, dim=2).flatten(1, 2).flatten(2)  # (N, 4C, L)
-    mean = positions.mean(dim=2, keepdim=True)  # next to nothing, by then
-    covariance = (positions @ positions.mT / positions.shape[2] - mean @ mean.mT).double()
+    covariance = _covariance_of_squares(latents - latents.mean(dim=(2, 3), keepdim=True)).double()
     values, vectors = torch.linalg.eigh(covariance + RIDGE * torch.eye(size).to(covariance))
     logarithm = (vectors * values.clamp_min(RIDGE / 2).log()[:, None]) @ vectors.mT
     rows, columns = torch.triu_indices(size, size, device=latents.device)
     weights = torch.where(rows == columns, 1.0, math.sqrt(2))
-    return logarithm[:, rows, columns].float() * weights
+    places = torch.arange(size, device=latents.device).view(NEIGHBOURHOOD**2, -1).T.flatten()
+    return logarithm[:, places[rows], places[columns]].float() * weights
+
+
+def _covariance_of_squares(centred: torch.Tensor) -> torch.Tensor:
+    """
+    Covariance of the latents at the corners of 2x2 squares, corner by corner: (N, C, H, W) of mean zero ->
+    (N, 4 C, 4 C). Corners so far apart have one product over the whole grid, less what lies at its border
+    where the squares that have them don't reach: a third of the multiplications, and no array of squares.
+    """
+    height, width = centred.shape[2:]
+    lines = centred.flatten(2)
+
+    def lag(places: int) -> torch.Tensor:
+        return lines[..., : lines.shape[2] - places] @ lines[..., places:].mT
+
+    rows = centred[:, :, [-1, 0]].transpose(1, 2)  # (N, 2, C, W), which upper and lower corners lack
+    columns = centred[..., [-1, 0]].permute(0, 3, 1, 2)  # (N, 2, C, H), left and right ones
+    last, first = columns.unbind(1)  # a line's end and the next one's start are no neighbours
+    corners = rows[..., [-1, 0]].mT  # (N, 2, 2, C)
+    same = lag(0)[:, None, None] - (rows @ rows.mT)[:, :, None] - (columns @ columns.mT)[:, None]
+    same = same + corners[..., None] * corners[..., None, :]  # (N, 2, 2, C, C)
+    right = (lag(1) - last[..., :-1] @ first[..., 1:].mT)[:, None] - rows[..., :-1] @ rows[..., 1:].mT
+    below = lag(width)[:, None] - columns[..., :-1] @ columns[..., 1:].mT  # (N, 2, C, C)
+    falling = lag(width + 1) - last[..., :-2] @ first[..., 2:].mT
+    rising = lag(width - 1) - first @ last.mT
+    blocks = [
+        [same[:, 0, 0], right[:, 0], below[:, 0], falling],
+        [right[:, 0].mT, same[:, 0, 1], rising, below[:, 1]],
+        [below[:, 0].mT, rising.mT, same[:, 1, 0], right[:, 1]],
+        [falling.mT, below[:, 1].mT, right[:, 1].mT, same[:, 1, 1]],
+    ]
+    products = torch.cat([torch.cat(row, dim=2) for row in blocks], dim=1)
+    mean = (corners - rows.sum(dim=3)[:, :, None] - columns.sum(dim=3)[:, None]).flatten(1)
+    count = (height - 1) * (width - 1)
+    return products / count - mean[:, :, None] * mean[:, None] / count**2
 
 
 def num_log_covariances(channels: int) -> int:
@@ -314,8 +406,13 @@ class PrincipalPlane(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, p H, p W)"""
-        places = torch.einsum("kc,nchw->nkhw", self.readout, latents) + self.offset[:, None, None]
-        return F.pixel_shuffle(places, self.patch_size)[:, 0]
+        count, _, height, width = latents.shape
+        side = self.patch_size
+        places = (self.readout @ latents.flatten(2)).add_(self.offset[:, None])
+        plane = places.new_empty(count, side * height, side * width)
+        for place, values in enumerate(places.unbind(1)):  # in half the time of `pixel_shuffle`
+            plane[:, place // side :: side, place % side :: side] = values.view(count, height, width)
+        return plane
 
 
 @torch.no_grad()

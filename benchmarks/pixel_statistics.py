@@ -66,7 +66,8 @@ def cyclic_statistics(pixels: torch.Tensor, period: int = 16) -> torch.Tensor:
 
 def of_luminance(pixels: torch.Tensor, first=(), second=(), laplace=()) -> torch.Tensor:
     """Co-occurrences of residuals of luminance, by steps in grey levels: (N, 3, H, W) -> (N, F)"""
-    residuals = (FIRST, first), (SECOND, second), (LAPLACE, laplace)
+    each = (FIRST, first), (SECOND, second), (LAPLACE, laplace)
+    residuals = tuple((residual, steps) for residual, steps in each if steps)
     return cooccurrences(opponents(pixels)[:, 0], residuals)
 
 

@@ -16,6 +16,8 @@ from protoleak.texture_protoleak import (
     RESIDUALS,
     RIDGE,
     PrincipalPlane,
+    _count,
+    _count_at_once,
     cooccurrences,
     cooccurrences_of_contrast,
     log_covariance,
@@ -104,6 +106,26 @@ def test_a_turned_or_mirrored_image_has_the_same_statistics(quarters, mirror, de
     torch.testing.assert_close(describe(turned), describe(images), atol=1e-6, rtol=0)
     if describe != cooccurrences_of_contrast:  # squares of dark and of light differ
         torch.testing.assert_close(describe(-turned), describe(images), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [(1 / 16, 1 / 8, 1 / 4), (0.5, 0.7), (0.25, 0.75), (0.6,)])
+def test_steps_are_counted_together_as_one_by_one(steps):
+    """Whatever their thresholds: doubling, at odds, and one that two of them share."""
+    (first, _), *_ = RESIDUALS
+    images = planes(2, 20, 30)
+    alone = [cooccurrences(images, ((first, (step,)),)) for step in steps]
+    torch.testing.assert_close(cooccurrences(images, ((first, steps),)), torch.cat(alone, dim=1))
+
+
+def test_counts_of_many_images_are_the_same_at_once():
+    """As where each count would be waited for."""
+    codes = torch.randint(0, 28561, (3, 500), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    counts = _count(codes, 28561)
+    assert [Counter(row.tolist()) for row in codes] == [
+        Counter({k: n for k, n in enumerate(row.tolist()) if n}) for row in counts
+    ]
+    assert torch.equal(_count_at_once(codes, 28561), counts)
+    assert _count(codes[:0], 625).shape == (0, 625)
 
 
 def test_shuffled_pixels_have_other_cooccurrences():
@@ -210,12 +232,13 @@ def test_families_are_those_that_the_config_names():
 # --- log covariances ----------------------------------------------------------------------------------------
 
 
-def test_the_log_covariance_is_scipys():
-    images = latents(2, 3, 6) * torch.tensor([1, 0.1, 3]).view(3, 1, 1)
+@pytest.mark.parametrize("width", [2, 5, 6])
+def test_the_log_covariance_is_scipys(width):
+    images = latents(2, 3, 6)[..., :width] * torch.tensor([1, 0.1, 3]).view(3, 1, 1)
     described = log_covariance(images)
     assert described.shape == (2, num_log_covariances(3)) == (2, 78)
     for row, image in zip(described, images.double().numpy(), strict=True):
-        squares = [image[:, i : i + 2, j : j + 2].flatten() for i in range(5) for j in range(5)]
+        squares = [image[:, i : i + 2, j : j + 2].flatten() for i in range(5) for j in range(width - 1)]
         covariance = np.cov(np.array(squares).T, bias=True)
         expected = scipy.linalg.logm(covariance + RIDGE * np.eye(12))
         weights = np.where(np.eye(12), 1, np.sqrt(2))

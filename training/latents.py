@@ -148,7 +148,10 @@ class LatentCache:
             own = self.model.config
             facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.patch_size]
             facts += [own.sigma_normalization, own.contrast_normalization, "noise of evaluation"]
-            facts += [own.texture_families, "counted a few crops at a time"]  # differs in the fourth digit
+            facts += [
+                own.texture_families,
+                "all steps of a residual counted at once",
+            ]  # differs in the fourth digit
             base = self.model.protoleak
             weights |= {f"whitening.{k}": v for k, v in base.whitening.state_dict().items()}
             weights |= {f"plane.{k}": v for k, v in base.encoder.plane.state_dict().items()}
