@@ -8,7 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from .outputs_protoleak import ImageAttributionOutput
 
 POOLINGS = ("mean", "statistics", "texture")
-TEXTURE_FAMILIES = ("cooccurrences", "covariances", "cooccurrences_of_contrast", "ternary_patterns")
+TEXTURE_FAMILIES = (
+    "cooccurrences", "covariances", "cooccurrences_of_contrast", "ternary_patterns", "picture_statistics",
+)  # fmt: skip
 FEATURES = ("embeddings", "statistics")
 OPEN_SET_SCORES = ("kde", "l2_kde", "l2_mahalanobis")
 LARGEST_SCALE = 8
@@ -49,10 +51,12 @@ class ProtoLeakConfig(PreTrainedConfig):
             `latent_whitening`.
         texture_families (`list[str]`, defaults to `["cooccurrences", "covariances"]`):
             What is pooled with `pooling="texture"`, distinct, each with a discriminant of its own to begin
-            with: `"cooccurrences"` of residuals, log `"covariances"` of neighbouring latents,
-            `"cooccurrences_of_contrast"` and `"ternary_patterns"` of neighbouring pixels. See
-            `texture_protoleak.py`. Each has its share of the embedding, `embedding_size` by their number,
-            rounded down, and loses what its classes, less one, exceed that by.
+            with: `"cooccurrences"` of residuals, `"covariances"` of neighbouring latents,
+            `"cooccurrences_of_contrast"` and `"ternary_patterns"` of neighbouring pixels, see
+            `texture_protoleak.py`; and `"picture_statistics"`, what a frozen network finds that learned from
+            photographs, see `picture_protoleak.py`, which needs latents of 3 `patch_size ** 2` channels.
+            Each has its share of the embedding, `embedding_size` by their number, rounded down, and loses
+            what its classes, less one, exceed that by.
         scales (`list[int]`, defaults to `[1]`): By what images are reduced before the VAE encodes them: each
             adds latents, re-simulated and attended over like timesteps. Distinct, from 1 to 8; others
             than 1 with `pooling="texture"`.
@@ -230,6 +234,9 @@ class ProtoLeakConfig(PreTrainedConfig):
             self._require(
                 "patch_size", fits, f"one whose square divides latent_channels = {self.latent_channels}"
             )
+            pictures = "picture_statistics" not in families or self.latent_channels == 3 * self.patch_size**2
+            allowed = "without picture_statistics unless latents have 3 patch_size^2 channels"
+            self._require("texture_families", pictures, allowed)
             enough = self.embedding_size >= len(families)
             self._require("embedding_size", enough, f"at least {len(families)}, one for each texture family")
             statistics = "statistics" in scores

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoBackbone
 
 from .configuration_protoleak import ProtoLeakConfig
+from .picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics
 from .statistics_protoleak import Discriminant, grid_statistics, normalise_contrast, partial_correlations
 from .texture_protoleak import (
     NUM_COOCCURRENCES,
@@ -21,19 +22,19 @@ from .texture_protoleak import (
     PrincipalPlane,
     cooccurrences,
     cooccurrences_of_contrast,
-    log_covariance,
-    num_log_covariances,
+    log_cholesky,
+    num_log_cholesky,
     ternary_patterns,
 )
 
-TEXTURES = {  # what each part is of whitened latents and their plane
+TEXTURES = {  # what each part is of whitened latents and their plane, but for "picture_statistics"
     "cooccurrences": lambda _, plane: cooccurrences(plane),
-    "log_covariance": lambda latents, _: log_covariance(latents),
-    "log_covariance_of_contrast": lambda latents, _: log_covariance(normalise_contrast(latents)),
+    "log_cholesky": lambda latents, _: log_cholesky(latents),
+    "log_cholesky_of_contrast": lambda latents, _: log_cholesky(normalise_contrast(latents)),
     "cooccurrences_of_contrast": lambda _, plane: cooccurrences_of_contrast(plane),
     "ternary_patterns": lambda _, plane: ternary_patterns(plane),
 }
-COVARIANCES = ("log_covariance", "log_covariance_of_contrast")
+COVARIANCES = ("log_cholesky", "log_cholesky_of_contrast")
 
 
 class LeakEncoder(nn.Module):
@@ -52,10 +53,14 @@ class LeakEncoder(nn.Module):
         grid = 6 * channels + channels * (channels - 1) // 2
         if config.pooling == "texture":
             self.plane = PrincipalPlane(channels, config.patch_size)
-            sizes = dict.fromkeys(COVARIANCES, num_log_covariances(channels)) | {
+            self.picture = None
+            if "picture_statistics" in config.texture_families:
+                self.picture = PictureStatistics(channels, config.patch_size)
+            sizes = dict.fromkeys(COVARIANCES, num_log_cholesky(channels)) | {
                 "cooccurrences": NUM_COOCCURRENCES,
                 "cooccurrences_of_contrast": NUM_COOCCURRENCES_OF_CONTRAST,
                 "ternary_patterns": NUM_TERNARY_PATTERNS,
+                "picture_statistics": NUM_PICTURE_STATISTICS,
             }
             self.families = [
                 COVARIANCES if name == "covariances" else (name,) for name in config.texture_families
@@ -88,11 +93,24 @@ class LeakEncoder(nn.Module):
         """Whether nothing that is trained takes part in [`LeakEncoder.pool`]."""
         return self.pooling == "texture"
 
+    @torch.no_grad()
+    def fit_readouts(self, mean: torch.Tensor, covariance: torch.Tensor, whitening: torch.Tensor) -> None:
+        """
+        What reads a plane or a picture of latents, where the config has them: see [`PrincipalPlane.fit`].
+        """
+        if self.pooling == "texture":
+            self.plane.fit(mean, covariance, whitening)
+            if self.picture is not None:
+                self.picture.fit(mean, whitening)
+
     def pool(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
         if self.pooling == "texture":
             plane = self.plane(latents)
-            described = [TEXTURES[name](latents, plane) for name in self.parts]
+            described = [
+                TEXTURES[name](latents, plane) if name in TEXTURES else self.picture(latents)
+                for name in self.parts
+            ]
         elif self.pooling == "mean":
             found = self.backbone(latents).feature_maps[-1]
             described = [found.mean(dim=(2, 3)), grid_statistics(latents)]

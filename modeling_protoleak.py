@@ -238,16 +238,15 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """
-        Fit what whitens latents, and what reads their plane of greatest variance, where the config has them.
+        Fit what whitens latents, and what reads them, where the config has them.
 
         Args:
             batches: z_0 of training images at the first scale, batch by batch, each (N, C, H, W).
         """
         if self.whitening is not None:
             covariance = self.whitening.fit(batches).to(self.device)
-            if self.config.pooling == "texture":
-                mean, matrix = self.whitening.mean.double(), self.whitening.matrix.double()
-                self.encoder.plane.fit(mean, covariance, matrix)
+            mean, matrix = self.whitening.mean.double(), self.whitening.matrix.double()
+            self.encoder.fit_readouts(mean, covariance, matrix)
 
     def set_scheduler(self, scheduler) -> None:
         """Take over a diffusers scheduler's noise schedule; the config says so from then on."""

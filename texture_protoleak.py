@@ -8,7 +8,6 @@ Ternary patterns are those of Tan and Triggs ("Enhanced Local Texture Feature Se
 normalised as by Mittal et al. ("No-Reference Image Quality Assessment in the Spatial Domain", 2012).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -33,6 +32,7 @@ TOGETHER = 4  # crops that a thread encodes at a time: with fewer it waits for P
 POSITIONS = 2 * 128**2  # of a grid of latents that it describes at a time
 NEIGHBOURHOOD = 2  # side of the squares of latents whose covariance is taken
 RIDGE = 1e-3  # added to the covariance's diagonal, in units of a whitened latent's variance
+ROUNDING = 1e-5  # more is added where the largest variance times this is more
 
 
 def _windows(plane: torch.Tensor, count: int, along: int, spacing: int = 1) -> list[torch.Tensor]:
@@ -311,25 +311,27 @@ def _signs(plane: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return (there - here).clamp_(-1.5, 1.5).to(torch.int8)
 
 
-def log_covariance(latents: torch.Tensor) -> torch.Tensor:
+def log_cholesky(latents: torch.Tensor) -> torch.Tensor:
     """
-    The matrix logarithm of the covariance of 2x2 neighbouring latents, in which linear methods see ratios of
-    variances (log-Euclidean metric, Arsigny et al. 2006). Entries off the diagonal stand for two.
+    The Cholesky factor of the covariance of 2x2 neighbouring latents, with logarithms on its diagonal: what
+    is left of a latent's variance where those before it are known, in which linear methods see ratios, and
+    how it goes with them (log-Cholesky metric, Lin 2019).
 
     Args:
         latents: (N, C, H, W), whitened.
 
     Returns:
-        (N, 2 C (4 C + 1)), float32.
+        (N, 2 C (4 C + 1)), float32: the lower triangle, row by row.
     """
     size = latents.shape[1] * NEIGHBOURHOOD**2
     covariance = _covariance_of_squares(latents - latents.mean(dim=(2, 3), keepdim=True)).double()
-    values, vectors = torch.linalg.eigh(covariance + RIDGE * torch.eye(size).to(covariance))
-    logarithm = (vectors * values.clamp_min(RIDGE / 2).log()[:, None]) @ vectors.mT
-    rows, columns = torch.triu_indices(size, size, device=latents.device)
-    weights = torch.where(rows == columns, 1.0, math.sqrt(2))
     places = torch.arange(size, device=latents.device).view(NEIGHBOURHOOD**2, -1).T.flatten()
-    return logarithm[:, places[rows], places[columns]].float() * weights
+    covariance = covariance[:, places[:, None], places]  # channel by channel
+    ridge = (covariance.diagonal(dim1=1, dim2=2).amax(dim=1) * ROUNDING).clamp_min(RIDGE)
+    factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * torch.eye(size).to(covariance))
+    logarithms = factor.diagonal(dim1=1, dim2=2).log()
+    rows, columns = torch.tril_indices(size, size, device=latents.device)
+    return (factor.tril(-1) + torch.diag_embed(logarithms))[:, rows, columns].float()
 
 
 def _covariance_of_squares(centred: torch.Tensor) -> torch.Tensor:
@@ -366,8 +368,8 @@ def _covariance_of_squares(centred: torch.Tensor) -> torch.Tensor:
     return products / count - mean[:, :, None] * mean[:, None] / count**2
 
 
-def num_log_covariances(channels: int) -> int:
-    """Length of [`log_covariance`] of so many latent channels."""
+def num_log_cholesky(channels: int) -> int:
+    """Length of [`log_cholesky`] of so many latent channels."""
     size = channels * NEIGHBOURHOOD**2
     return size * (size + 1) // 2
 

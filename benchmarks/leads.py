@@ -34,7 +34,6 @@ from protoleak import ProtoLeakImageProcessor
 from protoleak.evaluation.splits import SOURCE, load_splits
 from protoleak.evaluation.verdicts import REAL
 from protoleak.statistics_protoleak import LatentWhitening
-from protoleak.texture_protoleak import log_covariance
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.cross_fitting import join_learned
 from protoleak.training.initialisation import class_names, fit_whitening, make_model
@@ -69,7 +68,7 @@ LEAKZOO_RECIPE = Path(__file__).parent.parent / "leakzoo" / "recipe"
 # scales and timesteps that are pooled and cached together; the bundled checkpoint's come first
 POOLED = (((1, 2), (0, 20)), ((4,), (0, 20)), ((1, 2), (60, 150)))
 COOCCURRENCES = ("cooccurrences",)
-COVARIANCES = ("log_covariance", "log_covariance_of_contrast")
+COVARIANCES = ("log_cholesky", "log_cholesky_of_contrast")
 EACH = (COOCCURRENCES, COVARIANCES)  # one discriminant each, as the bundled checkpoint has them
 COLUMNS = {
     "macro_auc": "Macro AUC",
@@ -252,7 +251,7 @@ def kernel(images: Images, linear: bool, gamma: float = 1.0) -> across.Grouped:
 def pixel_leads() -> Iterator[Lead]:
     for title, scales in (("native", (1,)), ("reduced twice", (2,)), ("both", (1, 2))):
         yield of_pixels("trial", f"grid statistics of 4x4 blocks, {title}", ps.grid_and_partial, scales, 4)
-    yield of_pixels("covariance", "log covariance of 4x4 patches", log_covariance, block=2)
+    yield of_pixels("covariance", "log covariance of 4x4 patches", ps.log_covariance, block=2)
     contrast = "log covariance of 4x4 patches, contrast normalised"
     yield of_pixels("covariance", contrast, ps.covariance_of_contrast, block=2)
     yield of_pixels("spectra", "radial spectra", ps.spectra)

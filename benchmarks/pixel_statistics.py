@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from protoleak.statistics_protoleak import grid_statistics, normalise_contrast, partial_correlations
-from protoleak.texture_protoleak import RESIDUALS, cooccurrences, log_covariance
+from protoleak.texture_protoleak import NEIGHBOURHOOD, RESIDUALS, RIDGE, cooccurrences
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,6 +23,20 @@ def grid_and_partial(latents: torch.Tensor) -> torch.Tensor:
     """The plain trial of the data set's card: (N, C, H, W), whitened -> (N, F)"""
     contrast = normalise_contrast(latents)
     return torch.cat([grid_statistics(contrast), partial_correlations(contrast)], dim=1)
+
+
+def log_covariance(latents: torch.Tensor) -> torch.Tensor:
+    """
+    The matrix logarithm of the covariance of 2x2 neighbouring latents (log-Euclidean metric, Arsigny et al.
+    2006); entries off the diagonal stand for two: (N, C, H, W), whitened -> (N, 2 C (4 C + 1))
+    """
+    positions = F.unfold(latents - latents.mean(dim=(2, 3), keepdim=True), NEIGHBOURHOOD)
+    size = positions.shape[1]
+    covariance = (positions @ positions.mT / positions.shape[2]).double()
+    values, vectors = torch.linalg.eigh(covariance + RIDGE * torch.eye(size).double())
+    logarithm = (vectors * values.log()[:, None]) @ vectors.mT
+    rows, columns = torch.triu_indices(size, size)
+    return logarithm[:, rows, columns].float() * torch.where(rows == columns, 1.0, 2**0.5)
 
 
 def covariance_of_contrast(latents: torch.Tensor) -> torch.Tensor:

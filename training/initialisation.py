@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 import datasets
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from ..calibration_protoleak import CrossFitted
 from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
@@ -25,6 +27,7 @@ from .latents import LatentCache
 from .views import RandomView, without_fillers
 
 logger = logging.getLogger("protoleak.train")
+PICTURE = "protoleak.encoder.picture"  # the frozen network, in a model's weights
 
 
 def class_names(labels: Iterable[str], numbered: Sequence[str] = ()) -> list[str]:
@@ -73,7 +76,33 @@ def make_model(
     changes["latent_channels"] = vae.config.latent_channels
     model = ProtoLeakForImageAttribution(ProtoLeakConfig(**config.to_dict() | changes))
     model.attach_vae(vae)
+    if "picture_statistics" in config.texture_families:
+        take_network(model, source)
     return model, processor
+
+
+def take_network(model: ProtoLeakForImageAttribution, source: str) -> None:
+    """
+    The frozen network of "picture_statistics", from the weights in a recipe's or a checkpoint's folder or Hub
+    id.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    found = {}
+    if path := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        with safe_open(path, "pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{PICTURE}.")]  # noqa: SIM118
+            found = {name.removeprefix(f"{PICTURE}."): weights.get_tensor(name) for name in names}
+    network = model.get_submodule(PICTURE)
+    fitted = dict(network.named_buffers())
+    try:
+        network.load_state_dict(found | fitted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source} has no frozen network for texture_families: picture_statistics; wild/make_backbone.py "
+            "adds one"
+        ) from error
 
 
 def fit_whitening(model: ProtoLeakForImageAttribution, rows: datasets.Dataset, cache: LatentCache) -> None:

@@ -148,13 +148,12 @@ class LatentCache:
             own = self.model.config
             facts += [own.scales, own.timesteps, own.noise_seed, own.noise_schedule, own.patch_size]
             facts += [own.sigma_normalization, own.contrast_normalization, "noise of evaluation"]
-            facts += [
-                own.texture_families,
-                "all steps of a residual counted at once",
-            ]  # differs in the fourth digit
+            facts += [own.texture_families, "all steps of a residual counted at once, Cholesky factors"]
             base = self.model.protoleak
             weights |= {f"whitening.{k}": v for k, v in base.whitening.state_dict().items()}
-            weights |= {f"plane.{k}": v for k, v in base.encoder.plane.state_dict().items()}
+            readers = {"plane": base.encoder.plane, "picture": base.encoder.picture}
+            for reader, module in readers.items():
+                weights |= {f"{reader}.{k}": v for k, v in module.state_dict().items()} if module else {}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, weight in sorted(weights.items()):
             content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,97 @@
+"""The frozen network that looks at the picture a latent stands for, and where its weights come from."""
+
+import importlib.util
+
+import pytest
+import torch
+from protoleak import ProtoLeakImageProcessor
+from protoleak.picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics, padded
+from protoleak.training.arguments import TrainingArguments
+from protoleak.training.initialisation import make_model
+from torch import nn
+
+from . import ROOT
+from .conftest import TEXTURE, tiny_model
+
+NAMES = ["real", "a", "b"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(**TEXTURE, texture_families=["picture_statistics"])
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model.protoleak.fit_whitening([model.protoleak.encode(pixels)[0]])
+    return model
+
+
+@torch.no_grad()
+def test_the_picture_is_that_of_the_latents(model):
+    pixels = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = model.protoleak.encode(pixels)
+    for reduced, z in zip((pixels, nn.functional.avg_pool2d(pixels, 2)), latents, strict=True):
+        picture = model.protoleak.encoder.picture.picture(model.protoleak.whiten(z))
+        torch.testing.assert_close(picture, reduced, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [2, 33, 64])
+def test_statistics_are_means_and_deviations_of_the_last_blocks(side):
+    network, seen = PictureStatistics(3, 1), []
+    for block in network.blocks[5:]:
+        block.register_forward_hook(lambda _, __, found: seen.append(found))
+    described = network(torch.randn(2, 3, side, side))
+    expected = [f for x in seen for f in (x.mean((2, 3)), x.std((2, 3), correction=0))]
+    torch.testing.assert_close(described, torch.cat(expected, dim=1), atol=1.1e-3, rtol=0)
+    assert described.shape == (2, NUM_PICTURE_STATISTICS)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "expected"),
+    [(8, 3, 2, 4), (7, 3, 2, 4), (7, 5, 2, 4), (8, 5, 1, 8), (1, 5, 2, 1)],
+)
+def test_padding_keeps_what_a_stride_leaves(size, kernel, stride, expected):
+    plane = padded(torch.ones(1, 1, size, size), kernel, stride)
+    convolved = nn.functional.conv2d(plane, torch.ones(1, 1, kernel, kernel), stride=stride)
+    assert convolved.shape == (1, 1, expected, expected)
+
+
+def test_of_an_even_size_the_odd_zero_comes_after():
+    assert padded(torch.ones(1, 1, 2, 2), 3, 2).tolist() == [[[[1, 1, 0], [1, 1, 0], [0, 0, 0]]]]
+
+
+@torch.no_grad()
+def test_normalisation_is_folded_into_its_convolution():
+    generator = torch.Generator().manual_seed(0)
+    convolution, norm = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5, eps=1e-3).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        tensor.copy_(torch.rand(5, generator=generator) + 0.5)
+    weights = {f"c.{k}": v for k, v in convolution.state_dict().items()}
+    weights |= {f"n.{k}": v for k, v in norm.state_dict().items()}
+    folded = nn.Conv2d(3, 5, 3)
+    spec = importlib.util.spec_from_file_location("make_backbone", ROOT / "wild" / "make_backbone.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folded.load_state_dict(script.folded(weights, "c", "n"))
+    images = torch.randn(2, 3, 8, 8, generator=generator)
+    torch.testing.assert_close(folded(images), norm(convolution(images)), atol=1e-5, rtol=1e-5)
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    ProtoLeakImageProcessor(crop_size=32).save_pretrained(folder)
+
+
+def test_a_new_model_takes_the_network_of_its_recipe(model, tmp_path):
+    save(model, tmp_path)
+    arguments = TrainingArguments(dataset_name=["x"], config_name=str(tmp_path))
+    new = make_model(arguments, NAMES)[0].protoleak.encoder.picture.state_dict()
+    for name, weight in model.protoleak.encoder.picture.state_dict().items():
+        assert torch.equal(new[name], weight) != (name in ("readout", "offset")), name
+
+
+def test_a_recipe_without_the_network_says_what_adds_it(model, tmp_path):
+    save(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no frozen network.*make_backbone"):
+        make_model(TrainingArguments(dataset_name=["x"], config_name=str(tmp_path)), NAMES)
