@@ -20,12 +20,13 @@ from .configuration_protoleak import ProtoLeakConfig
 logger = logging.get_logger(__name__)
 
 CODE = "*_protoleak.py"  # what a checkpoint carries of this folder
+LICENCES = "LICENSE-*"  # of others' work in its weights
 HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 RESOLVING_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir")  # what tells a commit
 UPLOAD_ARGUMENTS = ("revision", "commit_message", "commit_description", "create_pr")
 CHECKPOINT_FILES = (  # what is pushed of a checkpoint's folder, and nothing else that lies there
     "README.md", "config.json", "model*.safetensors*", "adapter_*", "density.pkl", "metrics.json",
-    "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE,
+    "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE, LICENCES,
 )  # fmt: skip
 PATCH_ENCODER = {  # shapes of the weights of an encoder that can do no more than lay out pixels
     "conv_in.conv.weight": (3, 3, 3, 3), "conv_in.conv.bias": (3,),
@@ -175,8 +176,10 @@ class CheckpointMixin:
         if self.vae is not None:
             self._save_vae(folder, type(scheduler).__name__)
         self._save_detector(folder)
-        for code in Path(__file__).parent.glob(CODE):
-            (folder / code.name).write_bytes(code.read_bytes())
+        here = Path(__file__).parent
+        licences = here.glob(LICENCES) if "picture_statistics" in self.config.texture_families else ()
+        for file in (*here.glob(CODE), *licences):
+            (folder / file.name).write_bytes(file.read_bytes())
         mode = (folder / "config.json").stat().st_mode  # safetensors and diffusers keep files to their owner
         for file in (*folder.glob("*.safetensors"), *folder.glob("vae/*")):
             file.chmod(mode)

@@ -107,10 +107,7 @@ class LeakEncoder(nn.Module):
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
         if self.pooling == "texture":
             plane = self.plane(latents)
-            described = [
-                TEXTURES[name](latents, plane) if name in TEXTURES else self.picture(latents)
-                for name in self.parts
-            ]
+            described = [self.describe(name, latents, plane) for name in self.parts]
         elif self.pooling == "mean":
             found = self.backbone(latents).feature_maps[-1]
             described = [found.mean(dim=(2, 3)), grid_statistics(latents)]
@@ -118,6 +115,10 @@ class LeakEncoder(nn.Module):
             found = self.backbone(latents).feature_maps[-1]
             described = [grid_statistics(latents), partial_correlations(latents), grid_statistics(found)]
         return torch.cat(described, dim=1)
+
+    def describe(self, part: str, latents: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+        """One of `parts` of a texture: (N, C, H, W) and its plane (N, p H, p W) -> (N, its size), float32"""
+        return self.picture(latents) if part == "picture_statistics" else TEXTURES[part](latents, plane)
 
     def take(self, pooled: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         """Some parts of pooled features, (..., P) -> (..., their number); more than one are joined."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.encoder_protoleak import TEXTURES
 from protoleak.image_processing_protoleak import stack_crops
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,10 +85,14 @@ def parts() -> None:
     noisy = [base.simulate(base.whiten(z)).flatten(0, 1) for z in latents]
     both = [(z, base.encoder.plane(z)) for z in noisy]
     features = base(values[:, None]).features
+
+    def describe(name: str) -> list[torch.Tensor]:
+        return [base.encoder.describe(name, *pair) for pair in both]
+
     steps = {
         "autoencoder": lambda: base.encode(values),
         "whitening and forward diffusion": lambda: [base.simulate(base.whiten(z)) for z in latents],
-        **{name: lambda f=f: [f(*pair) for pair in both] for name, f in TEXTURES.items()},
+        **{name: partial(describe, name) for name in base.encoder.parts},
         "attention, prototypes and open-set verdict": lambda: model(features=features),
     }
     for name, step in steps.items():

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.checkpoint_protoleak import load_vae
-from protoleak.encoder_protoleak import TEXTURES
 from protoleak.evaluation.splits import load_splits
 from protoleak.forensics.scan import Attributor
 from sklearn.neighbors import KernelDensity
@@ -160,13 +160,17 @@ def parts() -> None:
         noisy = [base.simulate(base.whiten(z)).flatten(0, 1) for z in latents]
         both = [(z, base.encoder.plane(z)) for z in noisy]
         features = base(pixels[None]).features
+
+        def describe(name: str) -> list[torch.Tensor]:
+            return [base.encoder.describe(name, *pair) for pair in both]
+
         steps = {
             "opening, crops and claims of a JPEG of 640 x 427 pixels": lambda: attributor.read(
                 HERE / "examples" / "photo_4.jpg"
             ),
             "autoencoder": lambda: base.encode(pixels),
             "whitening and forward diffusion": lambda: [base.simulate(base.whiten(z)) for z in latents],
-            **{name: lambda f=f: [f(*pair) for pair in both] for name, f in TEXTURES.items()},
+            **{name: partial(describe, name) for name in base.encoder.parts},
             "attention, prototypes and open-set verdict": lambda: network(features=features),
         }
         for name, step in steps.items():

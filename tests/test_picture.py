@@ -90,6 +90,14 @@ def test_a_new_model_takes_the_network_of_its_recipe(model, tmp_path):
         assert torch.equal(new[name], weight) != (name in ("readout", "offset")), name
 
 
+def test_others_licence_goes_with_the_network_alone(model, tmp_path):
+    for name, saved in (("with", model), ("without", tiny_model(**TEXTURE))):
+        saved.save_pretrained(tmp_path / name)
+    licence = (ROOT / "LICENSE-APACHE").read_text()
+    assert (tmp_path / "with" / "LICENSE-APACHE").read_text() == licence
+    assert not (tmp_path / "without" / "LICENSE-APACHE").exists()
+
+
 def test_a_recipe_without_the_network_says_what_adds_it(model, tmp_path):
     save(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -78,6 +78,7 @@ def write_card(
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         **{name: getattr(config, name) for name in ("latent_channels", "timesteps", "noise_seed")},
         **{name: getattr(config, name) for name in ("num_prototypes", "alpha", "open_set_title")},
+        has_picture="picture_statistics" in config.texture_families,
         scope=config.scope_title,
         warnings=summary.get("warnings", []),
         shortcuts=[

@@ -50,8 +50,8 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
         raise ValueError(f"part must be one of {PARTS}; got {part!r}")
     if part == "whole" and model.takes_features:
         raise ValueError(
-            'with pooling="texture" the whole can\'t be exported: the logarithms of covariances need '
-            "eigenvalues (torch.linalg.eigh), which ONNX has not. Export what comes after, from pooled "
+            'with pooling="texture" the whole can\'t be exported: the Cholesky factors of covariances '
+            "have no ONNX operator. Export what comes after, from pooled "
             "features on, by --part network"
         )
     try:
