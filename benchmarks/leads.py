@@ -281,6 +281,10 @@ def model_leads() -> Iterator[Lead]:
     yield of_model("joined", title, [COOCCURRENCES + COVARIANCES])
     title = "log covariances and co-occurrences, a discriminant each, added"
     yield of_model("each", title, EACH, methods=learning())
+    bundled = (*EACH, ("ternary_patterns",), ("picture_statistics",))
+    yield of_model("pictures", "picture statistics", bundled[3:])
+    yield of_model("pictures", "the bundled families without them, added", bundled[:3])
+    yield of_model("pictures", "the bundled families, added", bundled)
     halves = {", mean over 10 random halves": by_subspaces}
     yield of_model("subspaces", "these", EACH, methods=halves)
     yield of_model("copies", "these with a post-processed copy", EACH, views=training_views(1, 1))
