@@ -27,12 +27,13 @@ from .checkpoint_protoleak import (
     schedule_of,
 )
 from .configuration_protoleak import ProtoLeakConfig
+from .crops_protoleak import crop_weights, join_crops, looked_at
 from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain
 from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, without_autocast
-from .statistics_protoleak import Discriminant, LatentWhitening, evidence, normalise_contrast
+from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
 from .texture_protoleak import POSITIONS, TOGETHER, PrincipalPlane, in_threads
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
@@ -287,7 +288,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
                 In [-1, 1], from [`ProtoLeakImageProcessor`]; with several crops an image `(batch_size,
-                num_crops, 3, height, width)`, whose features are averaged by [`evidence`].
+                num_crops, 3, height, width)`, whose features are averaged by their evidence.
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`):
                 z_0 from [`~ProtoLeakModel.encode`], instead of `pixel_values`; crops as above. With several
                 scales a list, one for each.
@@ -322,8 +323,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     ) -> dict[str, torch.Tensor | None]:
         """
         The fields of [`ProtoLeakModelOutput`] from `noisy_latents` on, from z_0 at each scale, (B, C, H, W)
-        or (B, V, C, H, W) each. Of several crops those without evidence are not looked at; where all are,
-        the first counts alone.
+        or (B, V, C, H, W) each. Of several crops those without evidence are not looked at, and of many, where
+        nothing is trained of what looks, each at one timestep: see `crops_protoleak.py`.
         """
         views, scales = pyramid[0].shape[:-3], len(self.config.scales)
         if len(views) not in (1, 2) or len(pyramid) != scales:
@@ -333,31 +334,42 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
                 f"after the batch; got shapes {shapes}"
             )
         whitened = [self.whiten(latents.flatten(0, -4)) for latents in pyramid]
-        weights, chosen = None, slice(None)
-        if len(views) == 2:
-            weights = evidence(whitened[0]).view(views)
-            weights[:, 0] = torch.where(weights.sum(dim=1) > 0, weights[:, 0], 1.0)
-            chosen = weights.flatten().nonzero()[:, 0]
-            weights = weights / weights.sum(dim=1, keepdim=True)
-        features = self.pool([latents[chosen] for latents in whitened])
-        described = {"features": features, "noisy_latents": None}
-        if len(views) == 2:
-            crops = features.new_zeros(len(whitened[0]), *features.shape[1:]).index_copy(0, chosen, features)
-            crops = crops.unflatten(0, views)
-            described |= {"crop_weights": weights, "crop_features": crops}
-            described["features"] = torch.einsum("bv,bvstp->bstp", weights, crops)
+        described = {"noisy_latents": None}
+        if len(views) == 1:
+            described["features"] = self.pool(whitened)
+        else:
+            weights = crop_weights(whitened[0].unflatten(0, views))
+            in_turn = self.encoder.is_frozen and not self.training
+            looked = looked_at(weights, len(self.config.timesteps), in_turn)
+            crops = self._pool_crops(whitened, looked.flatten(0, 1)).unflatten(0, views)
+            described["features"], described["crop_features"] = join_crops(crops, weights, looked)
+            described["crop_weights"] = weights
         if output_noisy_latents:
             described["noisy_latents"] = self.simulate(whitened[0]).unflatten(0, views)
         return described
 
-    def pool(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+    def _pool_crops(self, pyramid: list[torch.Tensor], looked: torch.Tensor) -> torch.Tensor:
+        """[`~ProtoLeakModel.pool`] where `looked` (N, T) asks for it; zero elsewhere. (N, S, T, P)"""
+        size = len(self.config.scales), looked.shape[1], sum(self.encoder.parts.values())
+        features = pyramid[0].new_zeros(len(looked), *size)
+        for pattern in looked.unique(dim=0):
+            timesteps = pattern.nonzero()[:, 0].tolist()
+            chosen = (looked == pattern).all(dim=1).nonzero()[:, 0]
+            if timesteps:
+                pooled = self.pool([latents[chosen] for latents in pyramid], timesteps)
+                for place, timestep in enumerate(timesteps):
+                    features[chosen, :, timestep] = pooled[:, :, place]
+        return features
+
+    def pool(self, pyramid: list[torch.Tensor], timesteps: Sequence[int] | None = None) -> torch.Tensor:
         """
-        What the encoder pools of z_t, from whitened z_0 at each scale, (N, C, H, W) each: (N, S, T, P). Of
-        textures a CPU takes a few crops at a time, which then stay in its caches.
+        What the encoder pools of z_t, from whitened z_0 at each scale, (N, C, H, W) each: (N, S, T, P), at
+        all of the config's timesteps or those at some places. Of textures a CPU takes a few crops at a time,
+        which then stay in its caches.
         """
 
         def pool(latents: torch.Tensor) -> torch.Tensor:
-            noisy = self.simulate(latents)  # (n, T, C, H, W)
+            noisy = self.simulate(latents, timesteps)  # (n, T, C, H, W)
             return self.encoder.pool(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2])
 
         if self.training or not self.encoder.is_frozen or self.device.type != "cpu":
@@ -371,16 +383,18 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         latents = latents.to(self.device, torch.float32)
         return latents if self.whitening is None else self.whitening(latents)
 
-    def simulate(self, latents: torch.Tensor) -> torch.Tensor:
-        """Whitened z_0 to z_t at the config's timesteps: (N, C, H, W) -> (N, T, C, H, W)"""
+    def simulate(self, latents: torch.Tensor, timesteps: Sequence[int] | None = None) -> torch.Tensor:
+        """Whitened z_0 to z_t, at all of the config's timesteps or some: (N, C, H, W) -> (N, T, C, H, W)"""
         if self.config.contrast_normalization:
             latents = normalise_contrast(latents)
         count, *shape = latents.shape
+        places = list(range(len(self.config.timesteps)) if timesteps is None else timesteps)
         if self.training:  # fresh at every step
-            noise = torch.randn(count, len(self.config.timesteps), *shape, device=latents.device)
+            noise = torch.randn(count, len(places), *shape, device=latents.device)
         else:
-            noise = self.evaluation_noise(latents.shape[1:]).to(latents)
-        return forward_diffusion(latents, noise, self.alphas_cumprod(), self.config.sigma_normalization)
+            noise = self.evaluation_noise(latents.shape[1:])[places].to(latents)
+        alphas = self.alphas_cumprod()[places]
+        return forward_diffusion(latents, noise, alphas, self.config.sigma_normalization)
 
 
 class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
