@@ -3,8 +3,10 @@
 import pytest
 import torch
 from protoleak.crops_protoleak import join_crops, looked_at
+from protoleak.encoder_protoleak import LeakEncoder
 
 from .conftest import TEXTURE, tiny_model
+from .test_modeling import NINE, picture, texture_model
 
 
 def test_few_crops_are_looked_at_in_every_timestep():
@@ -56,3 +58,18 @@ def test_a_texture_model_looks_at_half_as_much_of_many_crops():
     torch.testing.assert_close(output.features[1], few)
     for crop, timestep in ((0, 0), (1, 1), (2, 0), (3, 1)):
         torch.testing.assert_close(output.crop_features[0, crop, :, timestep], alone[0, crop, :, timestep])
+
+
+def test_flat_crops_are_not_looked_at(monkeypatch):
+    model, image = texture_model(), picture()
+    image[:, :64] = 7
+    pool, counts = LeakEncoder.pool, []
+
+    def counted(encoder, latents):
+        counts.append(len(latents))
+        return pool(encoder, latents)
+
+    monkeypatch.setattr(LeakEncoder, "pool", counted)
+    output = model(NINE([image, picture(side=32)])["pixel_values"])
+    assert sum(counts) == 2 * 2 * (3 + 1), "at two scales and timesteps: of 9 and 9 crops three and one"
+    torch.testing.assert_close(output.crop_weights[0], torch.tensor([0, 0, 1 / 3] * 3))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, ProtoLeakModel
-from protoleak.encoder_protoleak import LeakEncoder
 from protoleak.modeling_protoleak import PrototypeHead, forward_diffusion
 from protoleak.statistics_protoleak import evidence
 from safetensors.torch import load_file, save_file
@@ -209,21 +208,6 @@ def test_what_fills_a_batch_up_counts_nothing(make, kind):
     for name in ("features", "embeddings", "logits", "open_set_score", "p_values", "class_p_values"):
         torch.testing.assert_close(beside[name][1:], alone[name], atol=1e-4, rtol=1e-4)
     assert beside.crop_logits.isfinite().all()
-
-
-def test_flat_crops_are_not_looked_at(monkeypatch):
-    model, image = texture_model(), picture()
-    image[:, :64] = 7
-    pool, looked_at = LeakEncoder.pool, []
-
-    def counted(encoder, latents):
-        looked_at.append(len(latents))
-        return pool(encoder, latents)
-
-    monkeypatch.setattr(LeakEncoder, "pool", counted)
-    output = model(NINE([image, picture(side=32)])["pixel_values"])
-    assert sum(looked_at) == 2 * 2 * (3 + 1), "at two scales and timesteps: of 9 and 9 crops three and one"
-    torch.testing.assert_close(output.crop_weights[0], torch.tensor([0, 0, 1 / 3] * 3))
 
 
 def test_rounding_is_no_evidence():
