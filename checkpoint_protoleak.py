@@ -6,6 +6,7 @@ code), and holding the frozen VAE.
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from .configuration_protoleak import ProtoLeakConfig
 logger = logging.get_logger(__name__)
 
 CODE = "*_protoleak.py"  # what a checkpoint carries of this folder
-LICENCES = "LICENSE-*"  # of others' work in its weights
+LICENCE = "LICENSE-APACHE"  # of the frozen network in its weights
+PICTURE = "encoder.picture"  # that network, in the base model
 HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 RESOLVING_ARGUMENTS = ("revision", "token", "local_files_only", "cache_dir")  # what tells a commit
 UPLOAD_ARGUMENTS = ("revision", "commit_message", "commit_description", "create_pr")
 CHECKPOINT_FILES = (  # what is pushed of a checkpoint's folder, and nothing else that lies there
     "README.md", "config.json", "model*.safetensors*", "adapter_*", "density.pkl", "metrics.json",
-    "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE, LICENCES,
+    "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE, LICENCE,
 )  # fmt: skip
 PATCH_ENCODER = {  # shapes of the weights of an encoder that can do no more than lay out pixels
     "conv_in.conv.weight": (3, 3, 3, 3), "conv_in.conv.bias": (3,),
@@ -119,24 +121,23 @@ class CheckpointMixin:
         Raises:
             OSError: the weights are damaged, or no VAE can be loaded; the message tells which was looked for
                 and how to pass another.
-            ValueError: the weights are not finite or not of the config's shapes, or the detector doesn't
-                belong to these weights, or is not safe to read. With `ignore_mismatched_sizes=True`, as for
-                a new head, it is left out with a warning.
+            ValueError: the weights are not finite, not of the config's shapes, or without some that are not
+                learned, or the detector doesn't belong to them, or is not safe to read. With
+                `ignore_mismatched_sizes=True`, as for a new head, it is left out with a warning.
         """
         name = pretrained_model_name_or_path
         hub = {argument: kwargs[argument] for argument in HUB_ARGUMENTS if argument in kwargs}
         resolving = {argument: hub[argument] for argument in RESOLVING_ARGUMENTS if argument in hub}
         hub["revision"] = resolve_revision(name, **resolving)  # so that all files are of one commit
+        options = kwargs | hub | {"output_loading_info": True}
         try:
-            result = super().from_pretrained(name, *model_args, **kwargs | hub)
+            model, info = super().from_pretrained(name, *model_args, **options)
         except SafetensorError as error:
             raise OSError(f"model.safetensors of {name} is damaged: {error}; fetch it again") from error
         except RuntimeError as error:  # shapes that are not those of the config
             raise WeightsDontFitError(f"the weights of {name} don't fit: {error}") from error
-        model = result[0] if isinstance(result, tuple) else result
-        for weight_name, weight in model.state_dict().items():
-            if not weight.is_meta and not weight.isfinite().all():
-                raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
+        check_weights(model, name, info["missing_keys"])
+        model.base_model.encoder.freeze()
         hub["subfolder"] = kwargs.get("subfolder") or ""
         model.attach_vae(load_vae(name, model.config, **hub) if vae is None else vae)
         try:
@@ -145,7 +146,8 @@ class CheckpointMixin:
             if not kwargs.get("ignore_mismatched_sizes"):
                 raise
             logger.warning("the detector is left out: %s", error)  # a new head was asked for
-        return result
+        vars(model.base_model)["_licence"] = _licence(name, model.config, hub)
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
         """The base model has no use for a detector."""
@@ -176,10 +178,10 @@ class CheckpointMixin:
         if self.vae is not None:
             self._save_vae(folder, type(scheduler).__name__)
         self._save_detector(folder)
-        here = Path(__file__).parent
-        licences = here.glob(LICENCES) if "picture_statistics" in self.config.texture_families else ()
-        for file in (*here.glob(CODE), *licences):
+        for file in Path(__file__).parent.glob(CODE):
             (folder / file.name).write_bytes(file.read_bytes())
+        if "picture_statistics" in self.config.texture_families:
+            self._save_licence(folder)
         mode = (folder / "config.json").stat().st_mode  # safetensors and diffusers keep files to their owner
         for file in (*folder.glob("*.safetensors"), *folder.glob("vae/*")):
             file.chmod(mode)
@@ -200,8 +202,43 @@ class CheckpointMixin:
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
+    def _save_licence(self, folder: Path) -> None:
+        """The frozen network's, from beside this code or the weights that were loaded."""
+        files = Path(__file__).parent / LICENCE, vars(self.base_model).get("_licence")
+        file = next((file for file in files if file is not None and file.exists()), None)
+        if file is None:
+            logger.warning("%s is not here; add it to %s before you pass that on", LICENCE, folder)
+        elif file.resolve() != (folder / LICENCE).resolve():
+            shutil.copyfile(file, folder / LICENCE)
+
     def _save_detector(self, folder: Path) -> None:
         """The base model has none."""
+
+
+def check_weights(model: nn.Module, name: str | os.PathLike, missing: Iterable[str] = ()) -> None:
+    """
+    Raise `ValueError` where weights from `name` are not finite, or among the `missing` are some that are not
+    learned: those of the frozen network, and buffers.
+    """
+    for weight_name, weight in model.state_dict().items():
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
+    buffers = dict(model.named_buffers())
+    if fixed := sorted(key for key in missing if key in buffers or f"{PICTURE}." in key):
+        raise ValueError(
+            f"the weights of {name} lack {', '.join(fixed[:3])}{', ...' if fixed[3:] else ''}, which are not "
+            f"learned by fine-tuning; fetch the checkpoint again, or train a new one with train.py"
+        )
+
+
+def _licence(name: str | os.PathLike, config: ProtoLeakConfig, hub: dict[str, Any]) -> Path | None:
+    """The licence of a checkpoint's frozen network, beside its weights; `None` where it can't be had."""
+    if "picture_statistics" not in config.texture_families:
+        return None
+    lenient = ("missing_entries", "connection_errors", "gated_repo")
+    options = {f"_raise_exceptions_for_{kind}": False for kind in lenient}
+    path = cached_file(name, LICENCE, **options, **hub)
+    return None if path is None else Path(path)
 
 
 def make_scheduler(config: ProtoLeakConfig):

@@ -15,8 +15,16 @@ def crop_weights(latents: torch.Tensor) -> torch.Tensor:
     """
     The [`evidence`] of whitened crops (B, V, C, H, W) as their shares of the image, (B, V); where none has
     any, the first counts alone.
+
+    Raises:
+        ValueError: latents are not finite.
     """
     weights = evidence(latents.flatten(0, 1)).view(latents.shape[:2])
+    if weights.isnan().any():
+        raise ValueError(
+            "latents have NaN or infinite values, as where a VAE overflows in float16; have it compute in "
+            "bfloat16 or float32"
+        )
     weights[:, 0] = torch.where(weights.sum(dim=1) > 0, weights[:, 0], 1.0)
     return weights / weights.sum(dim=1, keepdim=True)
 

@@ -93,6 +93,11 @@ class LeakEncoder(nn.Module):
         """Whether nothing that is trained takes part in [`LeakEncoder.pool`]."""
         return self.pooling == "texture"
 
+    def freeze(self) -> None:
+        """Let nothing train the network that looks at pictures: weights that are loaded are trainable."""
+        if self.pooling == "texture" and self.picture is not None:
+            self.picture.requires_grad_(False)
+
     @torch.no_grad()
     def fit_readouts(self, mean: torch.Tensor, covariance: torch.Tensor, whitening: torch.Tensor) -> None:
         """

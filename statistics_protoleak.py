@@ -42,13 +42,13 @@ def normalise_contrast(latents: torch.Tensor) -> torch.Tensor:
 def evidence(latents: torch.Tensor) -> torch.Tensor:
     """
     How much a crop counts, (N,) in [0, 1]: the standard deviation of its whitened z_0 over the grid, root
-    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing.
-    (N, C, H, W) -> (N,)
+    mean square over channels, in units of `FULL_EVIDENCE`, and at most 1. A flat crop counts nothing; of one
+    that is not finite it is NaN. (N, C, H, W) -> (N,)
     """
     grid = latents.flatten(2)
     size = torch.linalg.vector_norm(grid - grid.mean(dim=2, keepdim=True), dim=(1, 2))  # `var` is slow
     deviation = size / math.sqrt(math.prod(latents.shape[1:]))
-    return torch.where(deviation > FLAT, deviation / FULL_EVIDENCE, 0.0).clamp_max(1)
+    return torch.where(deviation <= FLAT, 0.0, deviation / FULL_EVIDENCE).clamp_max(1)
 
 
 class _GridMoments(torch.autograd.Function):

@@ -60,6 +60,17 @@ def test_a_texture_model_looks_at_half_as_much_of_many_crops():
         torch.testing.assert_close(output.crop_features[0, crop, :, timestep], alone[0, crop, :, timestep])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_crop_whose_latents_are_not_finite_is_not_passed_over(value):
+    model = tiny_model(**TEXTURE).protoleak
+    noise = torch.rand(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = model.encode(noise)
+    latents[0][0, 1, 3, 5, 5] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite.*bfloat16"):
+        model(latents=latents)
+
+
 def test_flat_crops_are_not_looked_at(monkeypatch):
     model, image = texture_model(), picture()
     image[:, :64] = 7

@@ -1,19 +1,24 @@
 """The frozen network that looks at the picture a latent stands for, and where its weights come from."""
 
+import copy
 import importlib.util
 
 import pytest
 import torch
-from protoleak import ProtoLeakImageProcessor
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, checkpoint_protoleak
+from protoleak.checkpoint_protoleak import LICENCE, PICTURE
 from protoleak.picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics, padded
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.initialisation import make_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
 from . import ROOT
 from .conftest import TEXTURE, tiny_model
 
 NAMES = ["real", "a", "b"]
+NETWORK = f"protoleak.{PICTURE}"
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +95,70 @@ def test_a_new_model_takes_the_network_of_its_recipe(model, tmp_path):
         assert torch.equal(new[name], weight) != (name in ("readout", "offset")), name
 
 
+def test_a_recipes_network_must_be_finite(model, tmp_path):
+    save(model, tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    weights[f"{NETWORK}.stem.bias"][0] = torch.nan
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"stem\.bias of .* has NaN"):
+        make_model(TrainingArguments(dataset_name=["x"], config_name=str(tmp_path)), NAMES)
+
+
+def test_nothing_trains_the_network_of_a_checkpoint(model, tmp_path):
+    save(model, tmp_path)
+    loaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path).train()
+    before = copy.deepcopy(loaded.protoleak.encoder.picture.state_dict())
+    optimiser = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    images = torch.rand(3, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    loaded(images, labels=torch.arange(3)).loss.backward()
+    optimiser.step()
+    assert not torch.equal(loaded.head.prototypes, model.head.prototypes)
+    for name, weight in loaded.protoleak.encoder.picture.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert not any(parameter.requires_grad for parameter in loaded.protoleak.encoder.picture.parameters())
+
+
+@pytest.mark.parametrize("lost", [NETWORK, f"{NETWORK}.readout", "protoleak.whitening.mean"])
+def test_a_checkpoint_without_what_is_not_learned_is_refused(model, tmp_path, lost):
+    """Such weights would be made up, and nothing would tell."""
+    save(model, tmp_path)
+    weights = {name: w for name, w in load_file(tmp_path / WEIGHTS).items() if not name.startswith(lost)}
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lack {lost}.*not learned by fine-tuning"):
+        ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+
+
+def test_what_is_loaded_can_be_told(model, tmp_path):
+    save(model, tmp_path)
+    loaded, info = ProtoLeakForImageAttribution.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.vae is not None
+    assert not info["missing_keys"]
+
+
+def test_the_licence_of_a_checkpoint_goes_with_it_where_its_code_is_a_copy(
+    model, tmp_path, monkeypatch, caplog
+):
+    """The Hub's loaders copy code alone."""
+    save(model, tmp_path / "checkpoint")
+    monkeypatch.setattr(checkpoint_protoleak, "__file__", str(tmp_path / "modules" / "x.py"))
+    loaded = ProtoLeakForImageAttribution.from_pretrained(tmp_path / "checkpoint")
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / LICENCE).read_text() == (ROOT / LICENCE).read_text()
+    (tmp_path / "checkpoint" / LICENCE).unlink()
+    loaded.save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third" / LICENCE).exists()
+    assert f"{LICENCE} is not here" in caplog.text
+
+
 def test_others_licence_goes_with_the_network_alone(model, tmp_path):
     for name, saved in (("with", model), ("without", tiny_model(**TEXTURE))):
         saved.save_pretrained(tmp_path / name)
-    licence = (ROOT / "LICENSE-APACHE").read_text()
-    assert (tmp_path / "with" / "LICENSE-APACHE").read_text() == licence
-    assert not (tmp_path / "without" / "LICENSE-APACHE").exists()
+    assert (tmp_path / "with" / LICENCE).read_text() == (ROOT / LICENCE).read_text()
+    assert not (tmp_path / "without" / LICENCE).exists()
 
 
 def test_a_recipe_without_the_network_says_what_adds_it(model, tmp_path):
     save(model, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"no frozen network.*make_backbone"):
         make_model(TrainingArguments(dataset_name=["x"], config_name=str(tmp_path)), NAMES)

