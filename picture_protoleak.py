@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .precision_protoleak import full_precision
+
 COLOURS = 3
 HALVED = 2  # the side of the squares of pixels that are averaged first
 STEM = 32  # channels after the first convolution
@@ -68,7 +70,11 @@ class PictureStatistics(nn.Module):
             (N, NUM_PICTURE_STATISTICS), float32: of each described block the channels' means, then their
             standard deviations.
         """
-        found = F.avg_pool2d(self.picture(latents), HALVED)
+        with full_precision(latents.device):
+            return self._describe(F.avg_pool2d(self.picture(latents), HALVED))
+
+    def _describe(self, found: torch.Tensor) -> torch.Tensor:
+        """(N, 3, h, w), in [-1, 1] -> (N, NUM_PICTURE_STATISTICS)"""
         found = found * (127.5 / 128) + 0.5 / 128  # as its training had them
         found = found.contiguous(memory_format=torch.channels_last)  # half the time of a CPU
         found = F.relu6(self.stem(padded(found, 3, 2)))

@@ -82,3 +82,12 @@ def without_autocast(method: Callable) -> Callable:
             return method(*args, **kwargs)
 
     return run
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Convolutions in float32 where a GPU would round what they multiply to TensorFloat-32."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    return cudnn.flags(**kept, allow_tf32=False)
