@@ -174,7 +174,7 @@ class Images:
         """Standardised features (n views, F) of each family."""
         standardised = [(x - x.mean(dim=0)) / (x.var(dim=0) + 1e-7).sqrt() for x in families]
         labels, count = torch.from_numpy(self.labels), len(self.names)
-        return across.Grouped(standardised, labels, count, count, self.groups)
+        return across.Grouped(standardised, labels, count, count * len(families), self.groups)
 
 
 def source_folds(sources: np.ndarray) -> np.ndarray:
