@@ -52,9 +52,9 @@ def _second(plane: torch.Tensor) -> list[torch.Tensor]:
 
 def _laplace(plane: torch.Tensor) -> list[torch.Tensor]:
     (left, middle, right), (above, _, below) = (_windows(plane, 3, along) for along in DIRECTIONS)
-    across = left[:, 1:-1] + right[:, 1:-1]
+    across = left[..., 1:-1, :] + right[..., 1:-1, :]
     down = above[..., 1:-1] + below[..., 1:-1]
-    return [across.add_(down).mul_(0.25).sub_(middle[:, 1:-1])]
+    return [across.add_(down).mul_(0.25).sub_(middle[..., 1:-1, :])]
 
 
 Residuals = tuple[tuple[Callable[[torch.Tensor], list[torch.Tensor]], tuple[float, ...]], ...]
