@@ -217,18 +217,18 @@ class CheckpointMixin:
 
 def check_weights(model: nn.Module, name: str | os.PathLike, missing: Iterable[str] = ()) -> None:
     """
-    Raise `ValueError` where weights from `name` are not finite, or among the `missing` are some that are not
-    learned: those of the frozen network, and buffers.
+    Raise `ValueError` where among the `missing` weights from `name` are some that are not learned, those of
+    the frozen network and buffers, which hold anything then; or where weights are not finite.
     """
-    for weight_name, weight in model.state_dict().items():
-        if not weight.is_meta and not weight.isfinite().all():
-            raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
     buffers = dict(model.named_buffers())
     if fixed := sorted(key for key in missing if key in buffers or f"{PICTURE}." in key):
         raise ValueError(
             f"the weights of {name} lack {', '.join(fixed[:3])}{', ...' if fixed[3:] else ''}, which are not "
             f"learned by fine-tuning; fetch the checkpoint again, or train a new one with train.py"
         )
+    for weight_name, weight in model.state_dict().items():
+        if not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
 
 
 def _licence(name: str | os.PathLike, config: ProtoLeakConfig, hub: dict[str, Any]) -> Path | None:
