@@ -297,8 +297,16 @@ def lays_out_pixels(vae: nn.Module) -> bool:
 
 
 def in_patches(pixel_values: torch.Tensor) -> torch.Tensor:
-    """`pixel_unshuffle` in half its time: (N, 3, h, w) -> (N, 12, h / 2, w / 2), float32"""
+    """
+    `pixel_unshuffle` in half its time: (N, 3, h, w) -> (N, 12, h / 2, w / 2), float32; `ValueError` where h
+    or w is odd.
+    """
     count, colours, height, width = pixel_values.shape
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"this VAE takes images of even sides, at each of the model's scales; got {width} x {height} "
+            f"pixels. Choose a crop_size that is a multiple of twice the largest scale"
+        )
     shape = count, colours, 2, 2, height // 2, width // 2
     latents = pixel_values.new_empty(shape, dtype=torch.float32)
     for row in range(2):

@@ -16,6 +16,7 @@ from .configuration_protoleak import ProtoLeakConfig
 from .picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics
 from .statistics_protoleak import Discriminant, grid_statistics, normalise_contrast, partial_correlations
 from .texture_protoleak import (
+    LEAST_SIDE,
     NUM_COOCCURRENCES,
     NUM_COOCCURRENCES_OF_CONTRAST,
     NUM_TERNARY_PATTERNS,
@@ -111,8 +112,7 @@ class LeakEncoder(nn.Module):
     def pool(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""
         if self.pooling == "texture":
-            plane = self.plane(latents)
-            described = [self.describe(name, latents, plane) for name in self.parts]
+            described = self._textures(latents)
         elif self.pooling == "mean":
             found = self.backbone(latents).feature_maps[-1]
             described = [found.mean(dim=(2, 3)), grid_statistics(latents)]
@@ -120,6 +120,16 @@ class LeakEncoder(nn.Module):
             found = self.backbone(latents).feature_maps[-1]
             described = [grid_statistics(latents), partial_correlations(latents), grid_statistics(found)]
         return torch.cat(described, dim=1)
+
+    @torch.compiler.disable  # which takes minutes over counting, and gains nothing
+    def _textures(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        plane = self.plane(latents)
+        if min(plane.shape[1:]) < LEAST_SIDE:
+            raise ValueError(
+                f"textures are of {LEAST_SIDE} x {LEAST_SIDE} pixels or more, at each of the model's scales; "
+                f"got {plane.shape[2]} x {plane.shape[1]}. Choose a larger crop_size"
+            )
+        return [self.describe(name, latents, plane) for name in self.parts]
 
     def describe(self, part: str, latents: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
         """One of `parts` of a texture: (N, C, H, W) and its plane (N, p H, p W) -> (N, its size), float32"""

@@ -27,6 +27,7 @@ SPACINGS = (1, 2)  # between the corners of such a square
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))  # a pixel's neighbours in turn
 NOT_ABOVE = range(3, 7)  # those of them whose row is not above
 RADII = (1, 2, 4)  # how far away they are
+LEAST_SIDE = 2 * max(RADII) + 1  # of a plane
 THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
 TOGETHER = 4  # crops that a thread encodes at a time: with fewer it waits for Python, more leave its caches
 POSITIONS = 2 * 128**2  # of a grid of latents that it describes at a time
@@ -280,7 +281,8 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
     a threshold, and which darker, for each radius.
 
     Args:
-        plane: (N, H, W) in units of its standard deviation over many images; H and W at least 9.
+        plane: (N, H, W) in units of its standard deviation over many images; H and W at least
+            `LEAST_SIDE`.
 
     Returns:
         (N, NUM_TERNARY_PATTERNS), float32.

@@ -260,6 +260,15 @@ def test_a_ratio_of_variances_is_a_difference_of_logarithms():
     torch.testing.assert_close(difference[0, diagonal], expected, atol=0.01, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("side", "words"), [(16, "9 x 9 pixels or more.*got 8 x 8"), (18, "even.*got 9 x 9")]
+)
+def test_images_too_small_for_it_or_of_odd_sides_are_refused(side, words):
+    with pytest.raises(ValueError, match=rf"{words}.*crop_size"):
+        tiny_model(**TEXTURE)(torch.rand(1, 3, side, side))
+
+
 def test_flat_latents_have_a_finite_factor():
     described = log_cholesky(torch.full((1, 2, 8, 8), 5.0))
     identity = torch.eye(8)[tuple(torch.tril_indices(8, 8))]
