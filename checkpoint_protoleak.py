@@ -6,7 +6,7 @@ code), and holding the frozen VAE.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class CheckpointMixin:
         hub["subfolder"] = kwargs.get("subfolder") or ""
         model.attach_vae(load_vae(name, model.config, **hub) if vae is None else vae)
         try:
-            model._load_detector(name, hub)
+            model._load_detector(name, hub, info["missing_keys"])
         except ValueError as error:
             if not kwargs.get("ignore_mismatched_sizes"):
                 raise
@@ -149,7 +149,7 @@ class CheckpointMixin:
         vars(model.base_model)["_licence"] = _licence(name, model.config, hub)
         return (model, info) if kwargs.get("output_loading_info") else model
 
-    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
+    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any], missing: Collection[str]) -> None:
         """The base model has no use for a detector."""
 
     # --- saving

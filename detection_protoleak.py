@@ -4,7 +4,7 @@ checkpoint.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -259,9 +259,15 @@ class DetectorMixin:
                 "model.fit_open_set(dataset)"
             )
 
-    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any]) -> None:
+    def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any], missing: Collection[str]) -> None:
+        """A checkpoint's, whose weights must not be `missing`: class scores are calibrated, too."""
         path = cached_file(name, DETECTOR_FILE, _raise_exceptions_for_missing_entries=False, **hub)
         if path is not None:
+            if missing:
+                lost = ", ".join(sorted(missing)[:3])
+                raise ValueError(
+                    f"the detector was fitted with {lost}, which {name} lacks; fetch the checkpoint again"
+                )
             detector = OpenSetDetector.load(path)
             self.check_detector(detector)
             self.detector = detector

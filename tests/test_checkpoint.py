@@ -8,7 +8,7 @@ from diffusers import AutoencoderDC, AutoencoderTiny
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
 from protoleak.checkpoint_protoleak import load_vae
 from protoleak.configuration_protoleak import FEATURES, OPEN_SET_SCORES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from . import ROOT
 from .conftest import fit_random_detector, tiny_config, tiny_model, tiny_vae
@@ -88,6 +88,18 @@ def test_the_vae_is_frozen_and_no_part_of_the_networks_weights(model):
     assert {name.split(".")[1] for name in model.state_dict() if name.startswith("protoleak.")} == {
         "encoder", "gate", "attention",
     }  # fmt: skip
+
+
+def test_a_detector_is_not_taken_for_a_head_that_is_made_up(fitted_model, tmp_path):
+    """Embeddings are the same, but p-values of classes are of its scores."""
+    fitted_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["head.prototypes"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"fitted with head\.prototypes, which .* lacks"):
+        ProtoLeakForImageAttribution.from_pretrained(tmp_path)
+    (tmp_path / "density.pkl").unlink()
+    assert ProtoLeakForImageAttribution.from_pretrained(tmp_path).detector is None
 
 
 def test_weights_load_strictly_where_a_vae_is_held(fitted_model, tmp_path):
