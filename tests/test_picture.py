@@ -159,6 +159,10 @@ def test_others_licence_goes_with_the_network_alone(model, tmp_path):
 
 def test_a_recipe_without_the_network_says_what_adds_it(model, tmp_path):
     save(model, tmp_path)
+    arguments = TrainingArguments(dataset_name=["x"], config_name=str(tmp_path))
+    (tmp_path / WEIGHTS).write_bytes(b"broken")
+    with pytest.raises(OSError, match=rf"{WEIGHTS} is damaged"):
+        make_model(arguments, NAMES)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=r"no frozen network.*make_backbone"):
-        make_model(TrainingArguments(dataset_name=["x"], config_name=str(tmp_path)), NAMES)
+        make_model(arguments, NAMES)

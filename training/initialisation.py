@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import datasets
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset
@@ -86,13 +86,17 @@ def take_network(model: ProtoLeakForImageAttribution, source: str) -> None:
     id.
 
     Raises:
-        ValueError: they are not there, or not finite.
+        OSError: the weights are damaged.
+        ValueError: the network is not there, or not finite.
     """
     found, prefix = {}, f"protoleak.{PICTURE}."
     if path := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
-        with safe_open(path, "pt") as weights:
-            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
-            found = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
+        try:
+            with safe_open(path, "pt") as weights:
+                names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
+                found = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise OSError(f"{path} is damaged: {error}; fetch or make it again") from error
     network = model.protoleak.get_submodule(PICTURE)
     fitted = dict(network.named_buffers())
     try:
