@@ -98,13 +98,15 @@ class InvertedResidual(nn.Module):
         width = inputs * expansion
         self.kernel, self.stride, self.is_residual = kernel, stride, stride == 1 and inputs == outputs
         self.expand = nn.Conv2d(inputs, width, 1) if expansion > 1 else None
-        self.depthwise = nn.Conv2d(width, width, kernel, stride, groups=width)
+        own_padding = kernel // 2 if stride == 1 else 0  # without a copy of what is wide
+        self.depthwise = nn.Conv2d(width, width, kernel, stride, own_padding, groups=width)
         self.project = nn.Conv2d(width, outputs, 1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride)"""
         wide = inputs if self.expand is None else F.relu6(self.expand(inputs))
-        wide = F.relu6(self.depthwise(padded(wide, self.kernel, self.stride)))
+        wide = wide if self.stride == 1 else padded(wide, self.kernel, self.stride)
+        wide = F.relu6(self.depthwise(wide))
         narrow = self.project(wide)
         return inputs + narrow if self.is_residual else narrow
 
