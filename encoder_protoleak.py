@@ -16,6 +16,7 @@ from .configuration_protoleak import ProtoLeakConfig
 from .picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics
 from .statistics_protoleak import Discriminant, grid_statistics, normalise_contrast, partial_correlations
 from .texture_protoleak import (
+    LEAST_OF_TERNARY_PATTERNS,
     LEAST_SIDE,
     NUM_COOCCURRENCES,
     NUM_COOCCURRENCES_OF_CONTRAST,
@@ -124,9 +125,10 @@ class LeakEncoder(nn.Module):
     @torch.compiler.disable  # which takes minutes over counting, and gains nothing
     def _textures(self, latents: torch.Tensor) -> list[torch.Tensor]:
         plane = self.plane(latents)
-        if min(plane.shape[1:]) < LEAST_SIDE:
+        least = LEAST_OF_TERNARY_PATTERNS if "ternary_patterns" in self.parts else LEAST_SIDE
+        if min(plane.shape[1:]) < least:
             raise ValueError(
-                f"textures are of {LEAST_SIDE} x {LEAST_SIDE} pixels or more, at each of the model's scales; "
+                f"textures are of {least} x {least} pixels or more, at each of the model's scales; "
                 f"got {plane.shape[2]} x {plane.shape[1]}. Choose a larger crop_size"
             )
         return [self.describe(name, latents, plane) for name in self.parts]

@@ -27,7 +27,8 @@ SPACINGS = (1, 2)  # between the corners of such a square
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))  # a pixel's neighbours in turn
 NOT_ABOVE = range(3, 7)  # those of them whose row is not above
 RADII = (1, 2, 4)  # how far away they are
-LEAST_SIDE = 2 * max(RADII) + 1  # of a plane
+LEAST_SIDE = RUN + 2  # of a plane, and of one whose ternary patterns are counted
+LEAST_OF_TERNARY_PATTERNS = 2 * max(RADII) + 1
 THRESHOLD = 5 / 16  # by which they differ, in units of the plane's standard deviation
 TOGETHER = 4  # crops that a thread encodes at a time: with fewer it waits for Python, more leave its caches
 POSITIONS = 2 * 128**2  # of a grid of latents that it describes at a time
@@ -282,7 +283,7 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
 
     Args:
         plane: (N, H, W) in units of its standard deviation over many images; H and W at least
-            `LEAST_SIDE`.
+            `LEAST_OF_TERNARY_PATTERNS`.
 
     Returns:
         (N, NUM_TERNARY_PATTERNS), float32.

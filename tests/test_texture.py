@@ -262,11 +262,18 @@ def test_a_ratio_of_variances_is_a_difference_of_logarithms():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("side", "words"), [(16, "9 x 9 pixels or more.*got 8 x 8"), (18, "even.*got 9 x 9")]
+    ("side", "family", "words"),
+    [
+        (16, "ternary_patterns", "9 x 9 pixels or more.*got 8 x 8"),
+        (8, "cooccurrences", "6 x 6 pixels or more.*got 4 x 4"),
+        (18, "cooccurrences", "even.*got 9 x 9"),
+    ],
 )
-def test_images_too_small_for_it_or_of_odd_sides_are_refused(side, words):
+def test_images_too_small_for_it_or_of_odd_sides_are_refused(side, family, words):
+    model = tiny_model(**TEXTURE, texture_families=[family])
     with pytest.raises(ValueError, match=rf"{words}.*crop_size"):
-        tiny_model(**TEXTURE)(torch.rand(1, 3, side, side))
+        model(torch.rand(1, 3, side, side))
+    model(torch.rand(1, 3, 20, 20))
 
 
 def test_flat_latents_have_a_finite_factor():
