@@ -53,9 +53,9 @@ class LeakEncoder(nn.Module):
         super().__init__()
         self.num_scales, channels = len(config.scales), config.latent_channels
         grid = 6 * channels + channels * (channels - 1) // 2
+        self.picture = None
         if config.pooling == "texture":
             self.plane = PrincipalPlane(channels, config.patch_size)
-            self.picture = None
             if "picture_statistics" in config.texture_families:
                 self.picture = PictureStatistics(channels, config.patch_size)
             sizes = dict.fromkeys(COVARIANCES, num_log_cholesky(channels)) | {
@@ -97,7 +97,7 @@ class LeakEncoder(nn.Module):
 
     def freeze(self) -> None:
         """Let nothing train the network that looks at pictures: weights that are loaded are trainable."""
-        if self.pooling == "texture" and self.picture is not None:
+        if self.picture is not None:
             self.picture.requires_grad_(False)
 
     @torch.no_grad()
@@ -107,8 +107,8 @@ class LeakEncoder(nn.Module):
         """
         if self.pooling == "texture":
             self.plane.fit(mean, covariance, whitening)
-            if self.picture is not None:
-                self.picture.fit(mean, whitening)
+        if self.picture is not None:
+            self.picture.fit(mean, whitening)
 
     def pool(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of z_t in the order of `parts`: (N, C, H, W) -> (N, P), float32"""

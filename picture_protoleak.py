@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .precision_protoleak import full_precision
+from .texture_protoleak import lay_out
 
 COLOURS = 3
 HALVED = 2  # the side of the squares of pixels that are averaged first
@@ -58,8 +59,7 @@ class PictureStatistics(nn.Module):
 
     def picture(self, latents: torch.Tensor) -> torch.Tensor:
         """Red, green and blue, those of untouched latents in [-1, 1]: (N, C, H, W) -> (N, 3, p H, p W)"""
-        pixels = torch.einsum("kc,nchw->nkhw", self.readout, latents) + self.offset[:, None, None]
-        return F.pixel_shuffle(pixels, self.patch_size)
+        return lay_out(latents, self.readout, self.offset, self.patch_size)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """

@@ -377,6 +377,19 @@ def num_log_cholesky(channels: int) -> int:
     return size * (size + 1) // 2
 
 
+def lay_out(latents: torch.Tensor, readout: torch.Tensor, offset: torch.Tensor, side: int) -> torch.Tensor:
+    """
+    What is read from latents, on the grid of the pixels that they stand for: (N, C, H, W), of K planes
+    (K p^2, C) and (K p^2,), and p -> (N, K, p H, p W)
+    """
+    count, _, height, width = latents.shape
+    values = (readout @ latents.flatten(2)).add_(offset[:, None]).view(count, -1, side**2, height, width)
+    planes = values.new_empty(count, values.shape[1], side * height, side * width)
+    for place in range(side**2):  # in half the time of `pixel_shuffle`
+        planes[..., place // side :: side, place % side :: side] = values[:, :, place]
+    return planes
+
+
 class PrincipalPlane(nn.Module):
     """
     Lays latents of p x p patches out on their grid again, p^2 channels a plane, and mixes the planes to the
@@ -411,13 +424,7 @@ class PrincipalPlane(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, p H, p W)"""
-        count, _, height, width = latents.shape
-        side = self.patch_size
-        places = (self.readout @ latents.flatten(2)).add_(self.offset[:, None])
-        plane = places.new_empty(count, side * height, side * width)
-        for place, values in enumerate(places.unbind(1)):  # in half the time of `pixel_shuffle`
-            plane[:, place // side :: side, place % side :: side] = values.view(count, height, width)
-        return plane
+        return lay_out(latents, self.readout, self.offset, self.patch_size)[:, 0]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """
 What a GPU makes of attribution: images a second, against the VAE alone, and whether it says the same.
 
-    python benchmarks/gpu.py     # 5 minutes on an H100; ends with an error where there is no GPU
+    python benchmarks/gpu.py     # 10 minutes on an H200; ends with an error where there is no GPU
 
 The bundled checkpoint, and the paper's setting (Stable Diffusion 2.1's VAE, ResNet-18) with random weights.
 """
@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
+from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor
 from protoleak.image_processing_protoleak import stack_crops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scale import draw_large
-from speed import HERE, SD21, fit_random_detector, row, timed_command
+from speed import HERE, paper_model, row, steps_of, timed_command
 
 BATCHES = {256: 64, 1024: 8}  # images at once, by their side in pixels: one crop, and nine
 # the dtype of the VAE, and whether it is compiled
@@ -39,16 +38,6 @@ def rate(function: Callable[[], object], images: int, seconds: float = 3.0) -> f
         torch.cuda.synchronize()
         calls += 1
     return images * calls / (time.perf_counter() - started)
-
-
-def paper_model() -> ProtoLeakForImageAttribution:
-    """Stable Diffusion 2.1's VAE and ResNet-18 with random weights; a detector of random embeddings."""
-    labels = {k: f"class {k}" for k in range(10)}
-    config = ProtoLeakConfig(id2label=labels, label2id={name: k for k, name in labels.items()})
-    model = ProtoLeakForImageAttribution(config).eval()
-    model.attach_vae(AutoencoderKL(**SD21))
-    fit_random_detector(model, ProtoLeakImageProcessor(crop_size=256))
-    return model
 
 
 def pixels(side: int) -> torch.Tensor:
@@ -78,24 +67,8 @@ def throughput(name: str, make: Callable[[], ProtoLeakForImageAttribution]) -> N
 @torch.inference_mode()
 def parts() -> None:
     """Where the bundled model's time goes: 64 crops, both scales and timesteps."""
-    model = bundled().cuda()
-    base = model.protoleak
     values = pixels(256)[:, 0]
-    latents = base.encode(values)
-    noisy = [base.simulate(base.whiten(z)).flatten(0, 1) for z in latents]
-    both = [(z, base.encoder.plane(z)) for z in noisy]
-    features = base(values[:, None]).features
-
-    def describe(name: str) -> list[torch.Tensor]:
-        return [base.encoder.describe(name, *pair) for pair in both]
-
-    steps = {
-        "autoencoder": lambda: base.encode(values),
-        "whitening and forward diffusion": lambda: [base.simulate(base.whiten(z)) for z in latents],
-        **{name: partial(describe, name) for name in base.encoder.parts},
-        "attention, prototypes and open-set verdict": lambda: model(features=features),
-    }
-    for name, step in steps.items():
+    for name, step in steps_of(bundled().cuda(), values).items():
         row(f"{name}, a crop", f"{1000 / rate(step, len(values), 1.0):.2f} ms")
 
 

@@ -69,7 +69,7 @@ LEAKZOO_RECIPE = Path(__file__).parent.parent / "leakzoo" / "recipe"
 POOLED = (((1, 2), (0, 20)), ((4,), (0, 20)), ((1, 2), (60, 150)))
 COOCCURRENCES = ("cooccurrences",)
 COVARIANCES = ("log_cholesky", "log_cholesky_of_contrast")
-EACH = (COOCCURRENCES, COVARIANCES)  # one discriminant each, as the bundled checkpoint has them
+EACH = (COOCCURRENCES, COVARIANCES)  # one discriminant each
 COLUMNS = {
     "macro_auc": "Macro AUC",
     "accuracy": "accuracy",

@@ -123,15 +123,19 @@ def pipeline_ratio(attributor: Attributor, files: list[Path], batch_size: int, r
 
 
 def random_checkpoint(folder: Path) -> None:
+    """[`paper_model`] and its image processor."""
+    paper_model().save_pretrained(folder)
+    ProtoLeakImageProcessor(crop_size=256).save_pretrained(folder)
+
+
+def paper_model() -> ProtoLeakForImageAttribution:
     """The paper's setting with random weights, and a detector fitted on random embeddings."""
     labels = {k: f"class {k}" for k in range(10)}
     config = ProtoLeakConfig(id2label=labels, label2id={name: k for k, name in labels.items()})
     model = ProtoLeakForImageAttribution(config).eval()
     model.attach_vae(AutoencoderKL(**SD21))
-    processor = ProtoLeakImageProcessor(crop_size=256)
-    fit_random_detector(model, processor)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    fit_random_detector(model, ProtoLeakImageProcessor(crop_size=256))
+    return model
 
 
 def fit_random_detector(model: ProtoLeakForImageAttribution, processor: ProtoLeakImageProcessor) -> None:
@@ -151,31 +155,34 @@ def fit_random_detector(model: ProtoLeakForImageAttribution, processor: ProtoLea
 def parts() -> None:
     """Where the bundled model's time goes, on one thread: a crop of 256 pixels, both scales and timesteps."""
     attributor = Attributor(str(HERE))
-    network, base = attributor.network, attributor.network.protoleak
     pixels = torch.from_numpy(attributor.read(HERE / "examples" / "photo_4.jpg")[1][0][0][:1])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        latents = base.encode(pixels)
-        noisy = [base.simulate(base.whiten(z)).flatten(0, 1) for z in latents]
-        both = [(z, base.encoder.plane(z)) for z in noisy]
-        features = base(pixels[None]).features
-
-        def describe(name: str) -> list[torch.Tensor]:
-            return [base.encoder.describe(name, *pair) for pair in both]
-
-        steps = {
-            "opening, crops and claims of a JPEG of 640 x 427 pixels": lambda: attributor.read(
-                HERE / "examples" / "photo_4.jpg"
-            ),
-            "autoencoder": lambda: base.encode(pixels),
-            "whitening and forward diffusion": lambda: [base.simulate(base.whiten(z)) for z in latents],
-            **{name: partial(describe, name) for name in base.encoder.parts},
-            "attention, prototypes and open-set verdict": lambda: network(features=features),
-        }
-        for name, step in steps.items():
+        opening = "opening, crops and claims of a JPEG of 640 x 427 pixels"
+        steps = {opening: lambda: attributor.read(HERE / "examples" / "photo_4.jpg")}
+        for name, step in (steps | steps_of(attributor.network, pixels)).items():
             row(f"{name}, a crop", f"{1000 * median_seconds(step, 9, time.thread_time):.1f} ms")
     torch.set_num_threads(threads)
+
+
+def steps_of(network: ProtoLeakForImageAttribution, pixels: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What a texture model does with crops (N, 3, h, w), both scales and timesteps, step by step."""
+    base = network.protoleak
+    latents = base.encode(pixels)
+    noisy = [base.simulate(base.whiten(z)).flatten(0, 1) for z in latents]
+    both = [(z, base.encoder.plane(z)) for z in noisy]
+    features = base(pixels[:, None]).features
+
+    def describe(name: str) -> list[torch.Tensor]:
+        return [base.encoder.describe(name, *pair) for pair in both]
+
+    return {
+        "autoencoder": lambda: base.encode(pixels),
+        "whitening and forward diffusion": lambda: [base.simulate(base.whiten(z)) for z in latents],
+        **{name: partial(describe, name) for name in base.encoder.parts},
+        "attention, prototypes and open-set verdict": lambda: network(features=features),
+    }
 
 
 # --- training -----------------------------------------------------------------------------------------------
