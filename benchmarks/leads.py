@@ -276,10 +276,10 @@ def model_leads() -> Iterator[Lead]:
         yield of_model("scales", title, scales=scales)
     for t in (0, 20, 60, 150):
         yield of_model("noise", f"at scales 1, 2, noise of t = {t} alone", timesteps=(t,))
-    yield of_model("covariances", "the model's log covariances", [COVARIANCES])
-    title = "log covariances and co-occurrences, in one discriminant"
+    yield of_model("covariances", "the model's covariances", [COVARIANCES])
+    title = "covariances and co-occurrences, in one discriminant"
     yield of_model("joined", title, [COOCCURRENCES + COVARIANCES])
-    title = "log covariances and co-occurrences, a discriminant each, added"
+    title = "covariances and co-occurrences, a discriminant each, added"
     yield of_model("each", title, EACH, methods=learning())
     bundled = (*EACH, ("ternary_patterns",), ("picture_statistics",))
     yield of_model("pictures", "picture statistics", bundled[3:])
@@ -291,7 +291,7 @@ def model_leads() -> Iterator[Lead]:
     yield of_model("copies", "these with three post-processed copies", EACH, views=training_views(1, 3))
     yield Lead("kernel", "random Fourier features of co-occurrences", partial(kernel, linear=False))
     yield Lead("kernel", "and co-occurrences themselves, added", partial(kernel, linear=True))
-    yield Lead("recipe", "the bundled checkpoint's recipe, with its two copies", recipe)
+    yield Lead("recipe", "the bundled checkpoint's recipe, with two of its three copies", recipe)
 
 
 def source_leads() -> Iterator[Lead]:
