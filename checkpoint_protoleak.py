@@ -1,22 +1,25 @@
 """
 A checkpoint's folder: loading and saving it, with all that lies beside the weights (VAE, scheduler, detector,
-code), and holding the frozen VAE.
+code), holding the frozen VAE, and the noise schedule.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import cached_file, logging, resolve_revision
 
 from .configuration_protoleak import ProtoLeakConfig
+from .vae_protoleak import PixelLayout, load_vae, save_autoencoder
 
 logger = logging.get_logger(__name__)
 
@@ -30,11 +33,6 @@ CHECKPOINT_FILES = (  # what is pushed of a checkpoint's folder, and nothing els
     "README.md", "config.json", "model*.safetensors*", "adapter_*", "density.pkl", "metrics.json",
     "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE, LICENCE,
 )  # fmt: skip
-PATCH_ENCODER = {  # shapes of the weights of an encoder that can do no more than lay out pixels
-    "conv_in.conv.weight": (3, 3, 3, 3), "conv_in.conv.bias": (3,),
-    "conv_out.weight": (12, 12, 3, 3), "conv_out.bias": (12,),
-}  # fmt: skip
-VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUTO_MAP = {
     "AutoConfig": "configuration_protoleak.ProtoLeakConfig",
     "AutoModel": "modeling_protoleak.ProtoLeakModel",
@@ -65,6 +63,13 @@ class CheckpointMixin:
     @property
     def vae(self) -> nn.Module | None:
         """The frozen autoencoder, or `None` before one is attached."""
+        if isinstance(self.held_vae, PixelLayout):
+            self.attach_vae(self.held_vae.load())
+        return self.held_vae
+
+    @property
+    def held_vae(self) -> nn.Module | None:
+        """The same, or the [`PixelLayout`] that stands for it as long as that is enough."""
         return vars(self.base_model).get("_vae")
 
     def attach_vae(self, vae: nn.Module) -> None:
@@ -82,9 +87,9 @@ class CheckpointMixin:
         Hold `vae`, and take over the noise schedule of `scheduler`. Where one of them can't be used, or the
         detector wasn't fitted with them, it is a `ValueError`, and all stays as it was.
         """
-        vae_before, scheduler_before = self.vae, make_scheduler(self.config)
+        vae_before, scheduler_before = self.held_vae, make_scheduler(self.config)
         try:
-            if vae is not self.vae:
+            if vae is not self.held_vae:
                 self.attach_vae(vae)
             self.base_model.set_scheduler(scheduler)
             if self.detector is not None:
@@ -96,8 +101,8 @@ class CheckpointMixin:
 
     def drop_decoder(self) -> None:
         """Free the half of the VAE's memory that attribution never needs; the model can't be saved then."""
-        if hasattr(self.vae, "decoder"):
-            self.vae.decoder = None
+        if hasattr(self.held_vae, "decoder"):
+            self.held_vae.decoder = None
 
     def _apply(self, fn, recurse: bool = True):
         """What moves the base model (`to`, `cuda`, `cpu`, ...) moves the VAE that it holds."""
@@ -146,7 +151,7 @@ class CheckpointMixin:
             if not kwargs.get("ignore_mismatched_sizes"):
                 raise
             logger.warning("the detector is left out: %s", error)  # a new head was asked for
-        vars(model.base_model)["_licence"] = _licence(name, model.config, hub)
+        vars(model.base_model)["_origin"] = name, hub
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def _load_detector(self, name: str | os.PathLike, hub: dict[str, Any], missing: Collection[str]) -> None:
@@ -204,8 +209,9 @@ class CheckpointMixin:
 
     def _save_licence(self, folder: Path) -> None:
         """The frozen network's, from beside this code or the weights that were loaded."""
-        files = Path(__file__).parent / LICENCE, vars(self.base_model).get("_licence")
-        file = next((file for file in files if file is not None and file.exists()), None)
+        file = Path(__file__).parent / LICENCE
+        if not file.exists():
+            file = _licence(*vars(self.base_model).get("_origin", (None, {})))
         if file is None:
             logger.warning("%s is not here; add it to %s before you pass that on", LICENCE, folder)
         elif file.resolve() != (folder / LICENCE).resolve():
@@ -231,9 +237,9 @@ def check_weights(model: nn.Module, name: str | os.PathLike, missing: Iterable[s
             raise ValueError(f"{weight_name} of {name} has NaN or infinite values")
 
 
-def _licence(name: str | os.PathLike, config: ProtoLeakConfig, hub: dict[str, Any]) -> Path | None:
-    """The licence of a checkpoint's frozen network, beside its weights; `None` where it can't be had."""
-    if "picture_statistics" not in config.texture_families:
+def _licence(name: str | os.PathLike | None, hub: dict[str, Any]) -> Path | None:
+    """Of a checkpoint's frozen network, beside its weights; `None` where it can't be had."""
+    if name is None:
         return None
     lenient = ("missing_entries", "connection_errors", "gated_repo")
     options = {f"_raise_exceptions_for_{kind}": False for kind in lenient}
@@ -248,6 +254,22 @@ def make_scheduler(config: ProtoLeakConfig):
     return DDIMScheduler(**config.noise_schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
+def make_alphas_cumprod(config: ProtoLeakConfig) -> torch.Tensor:
+    """
+    abar of all training timesteps, (num_train_timesteps,), as that scheduler has it: betas as of Ho et al.
+    (2020), their roots so spaced (Rombach et al. 2022), or by the cosine of Nichol and Dhariwal (2021).
+    """
+    steps, first, last = config.num_train_timesteps, config.beta_start, config.beta_end
+    if config.beta_schedule == "squaredcos_cap_v2":
+        left = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(left)])
+    elif config.beta_schedule == "linear":
+        betas = torch.linspace(first, last, steps, dtype=torch.float32)
+    else:
+        betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float32) ** 2
+    return (1 - betas).cumprod(dim=0)
+
+
 def schedule_of(scheduler, config: ProtoLeakConfig) -> dict[str, Any]:
     """
     The noise schedule of a diffusers scheduler as fields of the config.
@@ -259,60 +281,10 @@ def schedule_of(scheduler, config: ProtoLeakConfig) -> dict[str, Any]:
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{name} has no alphas_cumprod, which the forward diffusion takes from it")
     schedule = {field: scheduler.config[field] for field in config.noise_schedule}
-    expected = make_scheduler(type(config)(**{**config.to_dict(), **schedule})).alphas_cumprod
+    expected = make_alphas_cumprod(type(config)(**{**config.to_dict(), **schedule}))
     if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, atol=1e-6):
         raise ValueError(f"the noise schedule of {name} is not made by {schedule} alone")
     return schedule
-
-
-def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The scaled posterior mode of a VAE: (N, 3, h, w) in [-1, 1] -> latents (N, C, H, W), float32"""
-    # diffusers' `enable_model_cpu_offload` moves the VAE when it is called, but not what it is called with
-    hook = getattr(vae, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None) or vae.device
-    encoded = vae.encode(pixel_values.to(device=device, dtype=vae.dtype))
-    if hasattr(encoded, "latent_dist"):  # AutoencoderKL
-        latents = encoded.latent_dist.mode()
-    else:  # AutoencoderTiny has `latents`, AutoencoderDC `latent`
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents.float() - shift) * vae.config.scaling_factor
-
-
-def lays_out_pixels(vae: nn.Module) -> bool:
-    """
-    Whether latents are the pixels of 2x2 patches, as those of `make_patch_autoencoder` are: by its weights,
-    which may have been changed. Its convolutions take a CPU long for nothing.
-    """
-    config = vae.config
-    if not config.get("encoder_out_shortcut") or config.scaling_factor != 1 or config.get("shift_factor"):
-        return False
-    weights = dict(vae.encoder.state_dict())
-    if {name: tuple(weight.shape) for name, weight in weights.items()} != PATCH_ENCODER:
-        return False
-    first = weights.pop("conv_in.conv.weight")
-    return torch.equal(first, nn.init.dirac_(torch.empty_like(first))) and not any(
-        weight.any() for weight in weights.values()
-    )
-
-
-def in_patches(pixel_values: torch.Tensor) -> torch.Tensor:
-    """
-    `pixel_unshuffle` in half its time: (N, 3, h, w) -> (N, 12, h / 2, w / 2), float32; `ValueError` where h
-    or w is odd.
-    """
-    count, colours, height, width = pixel_values.shape
-    if height % 2 or width % 2:
-        raise ValueError(
-            f"this VAE takes images of even sides, at each of the model's scales; got {width} x {height} "
-            f"pixels. Choose a crop_size that is a multiple of twice the largest scale"
-        )
-    shape = count, colours, 2, 2, height // 2, width // 2
-    latents = pixel_values.new_empty(shape, dtype=torch.float32)
-    for row in range(2):
-        for column in range(2):
-            latents[:, :, row, column] = pixel_values[..., row::2, column::2]
-    return latents.flatten(1, 3)
 
 
 def upload_checkpoint(
@@ -331,111 +303,3 @@ def upload_checkpoint(
     return hub.upload_folder(
         repo_id=repo_id, folder_path=folder, allow_patterns=list(CHECKPOINT_FILES), **upload
     )
-
-
-# --- the VAE's files ----------------------------------------------------------------------------------------
-
-
-def load_vae(checkpoint: str | os.PathLike, config: ProtoLeakConfig, subfolder: str = "", **hub) -> nn.Module:
-    """The VAE in the checkpoint's `vae/`; where there is none, the one that the config names."""
-    own = f"{subfolder}/vae" if subfolder else "vae"
-    if _vae_folder(checkpoint, own, **hub):
-        return load_autoencoder(checkpoint, own, **hub)
-    hub["revision"] = config.vae_revision
-    return load_autoencoder(_named_vae(checkpoint, config.vae_name_or_path), config.vae_subfolder, **hub)
-
-
-def _named_vae(checkpoint: str | os.PathLike, name: str) -> str:
-    """
-    What a config's `vae_name_or_path` means: an absolute folder, one beside the checkpoint's files if it
-    begins with a dot, else a Hub id. It never is what happens to lie in the working directory (`OSError`).
-    """
-    if name.startswith(".") and Path(checkpoint).is_dir():
-        return str(Path(checkpoint, name).resolve())
-    if not Path(name).is_absolute() and (name.startswith(".") or Path(name).exists()):
-        raise OSError(
-            f"{checkpoint} has no vae/ folder, and its config's vae_name_or_path = {name!r} would be in the "
-            f"working directory; pass an autoencoder with from_pretrained(..., vae=)"
-        )
-    return name
-
-
-def has_vae_folder(name: str | os.PathLike, **hub) -> bool:
-    """Whether the Hub id or folder has its autoencoder in `vae/`, as checkpoints and pipelines do."""
-    return _vae_folder(name, "vae", **hub) is not None
-
-
-def _vae_folder(name: str | os.PathLike, subfolder: str | None, **hub) -> Path | None:
-    """The folder on this machine with an autoencoder's config, `None` where there is none."""
-    if Path(name).is_absolute() or Path(name).is_dir():
-        folder = Path(name, subfolder or "").resolve()
-        return folder if (folder / "config.json").exists() else None
-    options = {"subfolder": subfolder or "", "_raise_exceptions_for_missing_entries": False}
-    path = cached_file(name, "config.json", **options, **hub)
-    return None if path is None else Path(path).parent
-
-
-def load_autoencoder(name: str | os.PathLike, subfolder: str | None = None, **hub) -> nn.Module:
-    """
-    An autoencoder of diffusers from a Hub id or a folder. Its config's `_name_or_path` is the folder on this
-    machine that its files are in, and its dtype theirs.
-
-    Raises:
-        OSError: telling which, why, and how to pass another.
-    """
-    import diffusers
-
-    try:
-        vae = diffusers.AutoModel.from_pretrained(str(name), subfolder=subfolder, **hub)
-        folder = _vae_folder(name, subfolder, **hub)
-        vae.register_to_config(_name_or_path=str(folder))
-        nn.Module.to(vae, _stored_dtype(folder / VAE_WEIGHTS))
-    except Exception as error:  # also what a missing, gated or damaged repository raises
-        raise OSError(
-            f"the VAE {str(name)!r} (subfolder {subfolder!r}, revision {hub.get('revision')!r}) can't be "
-            f"loaded: {error}; pass one with from_pretrained(..., vae=AutoencoderKL.from_pretrained(FOLDER)) "
-            f"or set config.vae_name_or_path to a local folder"
-        ) from error
-    return vae
-
-
-def _stored_dtype(file: Path) -> torch.dtype:
-    """Of the weights in a file; float32 where there is no such, as of weights in several files."""
-    if not file.exists():
-        return torch.float32
-    with safe_open(file, framework="pt") as stored:
-        return stored.get_tensor(next(iter(stored.keys()))).dtype
-
-
-def save_autoencoder(vae: nn.Module, folder: Path) -> None:
-    """
-    Write an autoencoder. Files that it was loaded from are copied byte by byte where they still say the same:
-    a precision to compute with is not one to save, and another version of diffusers no reason to write anew.
-    """
-    source = vae.config.get("_name_or_path")
-    source = None if source is None else Path(source).resolve()
-    if source is None or not _has_weights_of(source / VAE_WEIGHTS, vae):
-        vae.save_pretrained(folder)
-    elif source != folder.resolve():
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / VAE_WEIGHTS, folder / VAE_WEIGHTS)
-    content = json.loads(vae.to_json_string())
-    content.pop("_name_or_path", None)  # a place on this machine
-    if source is not None and (stored := source / "config.json").exists():
-        earlier = json.loads(stored.read_text())
-        if earlier | {"_diffusers_version": content["_diffusers_version"]} == content:
-            content = earlier
-    (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _has_weights_of(file: Path, vae: nn.Module) -> bool:
-    """Whether a file has these weights, perhaps more precisely."""
-    weights = vae.state_dict()
-    try:
-        with safe_open(file, framework="pt") as stored:
-            return set(stored.keys()) == set(weights) and all(
-                torch.equal(stored.get_tensor(name).to(weight.dtype), weight.cpu())
-                for name, weight in weights.items()
-            )
-    except (OSError, SafetensorError):  # it is gone, or not whole
-        return False

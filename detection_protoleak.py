@@ -250,7 +250,7 @@ class DetectorMixin:
                 f"these, load it without, by ignore_mismatched_sizes=True, and fit one after training with "
                 f"model.fit_open_set(dataset)"
             )
-        tolerance = 0.1 if self.vae.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        tolerance = 0.1 if self.held_vae.dtype in (torch.float16, torch.bfloat16) else 1e-3
         expected = detector.probe_.float()
         tolerance *= float(expected.abs().max())
         if not torch.allclose(self.probe(), expected, atol=tolerance, rtol=0):

@@ -18,14 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .checkpoint_protoleak import (
-    CheckpointMixin,
-    encode_with,
-    in_patches,
-    lays_out_pixels,
-    make_scheduler,
-    schedule_of,
-)
+from .checkpoint_protoleak import CheckpointMixin, make_alphas_cumprod, schedule_of
 from .configuration_protoleak import ProtoLeakConfig
 from .crops_protoleak import crop_weights, join_crops, looked_at
 from .detection_protoleak import DetectorMixin
@@ -35,6 +28,7 @@ from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
 from .texture_protoleak import POSITIONS, TOGETHER, PrincipalPlane, in_threads
+from .vae_protoleak import PixelLayout, encode_with, in_patches, lays_out_pixels
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
@@ -220,7 +214,7 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         scale s (..., C, h / r s, w / r s), r the VAE's reduction, float32. Pixels are averaged in squares. A
         crop of an image that is of one colour, which may only fill a batch up, has latents of zero.
         """
-        if self.vae is None:
+        if self.held_vae is None:
             raise ValueError("no VAE is attached; call attach_vae, or pass latents instead of pixel_values")
         flat, views = pixel_values.flatten(0, -4), pixel_values.shape[:-3]
         pyramid = (flat if scale == 1 else F.avg_pool2d(flat, scale) for scale in self.config.scales)
@@ -232,10 +226,14 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) -> (N, C, H, W), float32"""
-        if self.vae.device.type != "cpu" or torch.compiler.is_compiling():
-            return encode_with(self.vae, pixel_values)
-        encode = in_patches if lays_out_pixels(self.vae) else partial(encode_with, self.vae)
-        return torch.cat(in_threads(encode, pixel_values.to(self.vae.dtype).split(TOGETHER)))
+        vae = self.held_vae
+        if not isinstance(vae, PixelLayout) and (vae.device.type != "cpu" or torch.compiler.is_compiling()):
+            return encode_with(vae, pixel_values)
+        pixel_values = pixel_values.to(vae.device, vae.dtype)
+        if vae.device.type != "cpu" or torch.compiler.is_compiling():
+            return in_patches(pixel_values)
+        encode = in_patches if lays_out_pixels(vae) else partial(encode_with, vae)
+        return torch.cat(in_threads(encode, pixel_values.split(TOGETHER)))
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
         """
@@ -260,10 +258,9 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         self._constants.clear()
 
     def alphas_cumprod(self) -> torch.Tensor:
-        """abar at the config's timesteps, (T,), from the diffusers scheduler."""
+        """abar at the config's timesteps, (T,)."""
         if "alphas_cumprod" not in self._constants:  # not in __init__, which may run on the meta device
-            schedule = make_scheduler(self.config).alphas_cumprod
-            self._constants["alphas_cumprod"] = schedule[self.config.timesteps]
+            self._constants["alphas_cumprod"] = make_alphas_cumprod(self.config)[self.config.timesteps]
         return self._constants["alphas_cumprod"]
 
     def evaluation_noise(self, shape: torch.Size) -> torch.Tensor:

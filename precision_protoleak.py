@@ -48,8 +48,8 @@ class PrecisionMixin:
         kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
         if places or kwargs:
             super().to(*places, **kwargs)
-        if dtypes and self.vae is not None:
-            nn.Module.to(self.vae, dtypes[0])  # diffusers' own says that no module is kept in float32
+        if dtypes and self.held_vae is not None:
+            nn.Module.to(self.held_vae, dtypes[0])  # diffusers' own says that no module is kept in float32
         return self
 
     def half(self):

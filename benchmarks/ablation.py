@@ -21,12 +21,12 @@ import protoleak.train
 import torch
 from datasets import DatasetDict
 from protoleak import ProtoLeakConfig, ProtoLeakImageProcessor
-from protoleak.checkpoint_protoleak import load_vae
 from protoleak.evaluation.protocol import Evaluation
 from protoleak.evaluation.splits import load_splits
 from protoleak.modeling_protoleak import FeatureGate, ProtoLeakModel, TemporalAttention
 from protoleak.train import train
 from protoleak.training.arguments import TrainingArguments
+from protoleak.vae_protoleak import load_vae
 from transformers import HfArgumentParser
 
 RECIPE_FOLDER = Path(__file__).parent.parent / "leakzoo" / "recipe"

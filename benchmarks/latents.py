@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protoleak.checkpoint_protoleak import encode_with, load_autoencoder
 from protoleak.evaluate_protoleak.evaluate_protoleak import closed_set_metrics, open_set_metrics
 from protoleak.scores_protoleak import OPEN_SET_SCORES
 from protoleak.statistics_protoleak import LatentWhitening, grid_statistics, normalise_contrast
+from protoleak.vae_protoleak import encode_with, load_autoencoder
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 

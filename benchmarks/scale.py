@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from PIL import Image
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.checkpoint_protoleak import load_vae
+from protoleak.vae_protoleak import load_vae
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speed import HERE, QUICK, RECIPE, fit_random_detector, header, median_seconds, row, timed_command

@@ -21,9 +21,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from protoleak import GaussianKDE, ProtoLeakConfig, ProtoLeakForImageAttribution, ProtoLeakImageProcessor
-from protoleak.checkpoint_protoleak import load_vae
 from protoleak.evaluation.splits import load_splits
 from protoleak.forensics.scan import Attributor
+from protoleak.vae_protoleak import load_vae
 from sklearn.neighbors import KernelDensity
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderTiny
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakModel
-from protoleak.checkpoint_protoleak import load_vae
-from protoleak.configuration_protoleak import FEATURES, OPEN_SET_SCORES
+from protoleak.checkpoint_protoleak import make_alphas_cumprod, make_scheduler
+from protoleak.configuration_protoleak import BETA_SCHEDULES, FEATURES, OPEN_SET_SCORES
+from protoleak.vae_protoleak import load_vae
 from safetensors.torch import load_file, save_file
 
 from . import ROOT
@@ -137,6 +138,13 @@ def test_every_way_of_moving_moves_the_vae(model):
     assert copied.vae is copied.protoleak.vae
     with pytest.raises(TypeError, match="floating point"):
         copied.to(torch.int32)
+
+
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_the_noise_schedule_is_that_of_diffusers(schedule, steps):
+    config = tiny_config(beta_schedule=schedule, num_train_timesteps=steps, timesteps=[0], beta_end=0.02)
+    assert torch.equal(make_alphas_cumprod(config), make_scheduler(config).alphas_cumprod)
 
 
 # --- saving -------------------------------------------------------------------------------------------------

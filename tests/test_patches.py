@@ -1,12 +1,19 @@
 """The autoencoder of pixels in patches."""
 
+import copy
+import json
+import shutil
+import sys
+
 import pytest
 import torch
-from diffusers import AutoModel
-from protoleak.checkpoint_protoleak import encode_with, in_patches, lays_out_pixels
+from diffusers import AutoencoderDC, AutoModel
+from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution
 from protoleak.training.patches import make_patch_autoencoder
+from protoleak.vae_protoleak import VAE_WEIGHTS, encode_with, in_patches, lays_out_pixels, load_vae
+from safetensors.torch import load_file, save_file
 
-from .conftest import TEXTURE, tiny_model
+from .conftest import TEXTURE, fit_random_detector, tiny_model
 
 
 @pytest.fixture(params=[False, True], ids=["made", "reloaded"])
@@ -64,3 +71,81 @@ def test_a_vae_with_other_weights_is_asked(weight):
     (encoded,) = model.protoleak.encode(pixels)[:1]
     assert torch.equal(encoded, encode_with(vae, pixels))
     assert not torch.equal(encoded, in_patches(pixels))
+
+
+# --- what stands for it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint with a detector, whose autoencoder lays out pixels."""
+    model = tiny_model(**TEXTURE)
+    fit_random_detector(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_a_verdict_needs_no_diffusers(saved, monkeypatch):
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    model = ProtoLeakForImageAttribution.from_pretrained(saved)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "diffusers", None)  # to import it is an error
+        model = ProtoLeakForImageAttribution.from_pretrained(saved)
+        laid_out = model.to(dtype=torch.bfloat16)(pixels)
+        moved = copy.deepcopy(model).to("meta")
+        with pytest.raises(ImportError):
+            model.vae  # noqa: B018
+    assert isinstance(model.vae, AutoencoderDC)
+    assert (model.vae.dtype, moved.vae.device.type) == (torch.bfloat16, "meta")
+    assert not model.vae.training
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    encoded = model(pixels)
+    for name in ("logits", "embeddings", "p_values"):
+        assert torch.equal(laid_out[name], encoded[name])
+
+
+def test_the_autoencoder_itself_is_what_was_saved_also_where_its_files_are_gone(saved, tmp_path):
+    expected = {file.name: file.read_bytes() for file in (saved / "vae").iterdir()}
+    original = AutoModel.from_pretrained(str(saved / "vae"))
+    model = ProtoLeakForImageAttribution.from_pretrained(saved)
+    shutil.rmtree(saved)
+    generator = torch.random.get_rng_state()
+    assert {k: v for k, v in model.vae.config.items() if k != "_name_or_path"} == {
+        k: v for k, v in original.config.items() if k != "_name_or_path"
+    }
+    assert torch.equal(generator, torch.random.get_rng_state())
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.vae.state_dict()[name], weight)
+    model.save_pretrained(tmp_path / "again")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "again" / "vae").iterdir()} == expected
+
+
+def test_an_autoencoder_without_a_decoder_is_told_when_it_is_wanted(saved):
+    weights = load_file(saved / "vae" / VAE_WEIGHTS)
+    save_file({k: v for k, v in weights.items() if k.startswith("encoder.")}, saved / "vae" / VAE_WEIGHTS)
+    model = ProtoLeakForImageAttribution.from_pretrained(saved)
+    assert model(torch.rand(1, 3, 32, 32)).p_values is not None
+    with pytest.raises(OSError, match=r"(?s)checkpoint.vae is not whole: .*decoder"):
+        model.vae  # noqa: B018
+
+
+@pytest.mark.parametrize("change", ["weights", "scaling_factor", "shift_factor", "shortcut"])
+def test_any_other_autoencoder_is_loaded_at_once(saved, change):
+    vae = make_patch_autoencoder()
+    if change == "weights":
+        vae.encoder.conv_in.conv.weight.data[0, 1] += 1e-3
+    vae.save_pretrained(saved / "vae")
+    changes = {"scaling_factor": {"scaling_factor": 0.5}, "shift_factor": {"shift_factor": 0.1}}
+    changes["shortcut"] = {"encoder_out_shortcut": False}
+    config = json.loads((saved / "vae" / "config.json").read_text()) | changes.get(change, {})
+    (saved / "vae" / "config.json").write_text(json.dumps(config))
+    held = load_vae(saved, ProtoLeakConfig.from_pretrained(saved))
+    assert isinstance(held, AutoencoderDC)
+
+
+@pytest.mark.parametrize("name", ["config.json", VAE_WEIGHTS])
+def test_damaged_files_are_told_at_once(saved, name):
+    file = saved / "vae" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"(?s)checkpoint.*vae=AutoencoderKL"):
+        ProtoLeakForImageAttribution.from_pretrained(saved)

@@ -14,12 +14,13 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from ..calibration_protoleak import CrossFitted
-from ..checkpoint_protoleak import PICTURE, check_weights, has_vae_folder, load_autoencoder, load_vae
+from ..checkpoint_protoleak import PICTURE, check_weights
 from ..configuration_protoleak import ProtoLeakConfig
 from ..evaluation.splits import SOURCE, groups_of
 from ..evaluation.verdicts import REAL
 from ..image_processing_protoleak import JPEG_QUALITY, ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
+from ..vae_protoleak import has_vae_folder, load_autoencoder, load_vae
 from .arguments import TrainingArguments
 from .cross_fitting import Samples, Settings, choose_settings, count_sources, cross_fit, source_folds
 from .features import in_blocks, make_samples, pool_batches, pool_features
