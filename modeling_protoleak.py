@@ -25,7 +25,7 @@ from .detection_protoleak import DetectorMixin
 from .encoder_protoleak import LeakEncoder
 from .explanation_protoleak import explain
 from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
-from .precision_protoleak import PrecisionMixin, without_autocast
+from .precision_protoleak import PrecisionMixin, full_precision, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
 from .texture_protoleak import POSITIONS, TOGETHER, PrincipalPlane, in_threads
 from .vae_protoleak import PixelLayout, encode_with, in_patches, lays_out_pixels
@@ -137,6 +137,7 @@ class PrototypeHead(nn.Module):
         self.prototypes[k, : len(centres)] = centres.to(self.prototypes)
 
     @without_autocast
+    @full_precision()
     def forward(self, embeddings: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """score_k = tau logsumexp_m(-d_km / tau). (B, D), (B, D) -> (B, K), float32"""
         tau = self.temperature
@@ -302,7 +303,14 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             latents = self.encode(pixel_values) if latents is None else latents
             pyramid = [latents] if isinstance(latents, torch.Tensor) else list(latents)
             described = self.describe(pyramid, output_noisy_latents)
-        features = described["features"].to(self.device, torch.float32)
+        output = ProtoLeakModelOutput(**self._attend(described["features"]), **described)
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    @full_precision()
+    def _attend(self, features: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """What an image is at all scales and timesteps together, from its features: see `forward`."""
+        features = features.to(self.device, torch.float32)
         embeddings = self.encoder(features)  # (B, ST, D)
         gates, weights = self.gate(embeddings), self.attention(embeddings)  # (B, ST, D), (B, ST)
         statistics = self.encoder.statistics(features.flatten(1, 2))
@@ -311,10 +319,9 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
             for x in (embeddings, gates, statistics)
         ]
         attended = dict(zip(("embeddings", "gates", "statistics"), attended, strict=True))
-        output = ProtoLeakModelOutput(**attended, temporal_weights=weights, **described)
-        return_dict = return_dict if return_dict is not None else self.config.return_dict
-        return output if return_dict else output.to_tuple()
+        return attended | {"temporal_weights": weights}
 
+    @full_precision()
     def describe(
         self, pyramid: list[torch.Tensor], output_noisy_latents: bool = False
     ) -> dict[str, torch.Tensor | None]:

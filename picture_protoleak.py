@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .precision_protoleak import full_precision
 from .texture_protoleak import lay_out
 
 COLOURS = 3
@@ -70,8 +69,7 @@ class PictureStatistics(nn.Module):
             (N, NUM_PICTURE_STATISTICS), float32: of each described block the channels' means, then their
             standard deviations.
         """
-        with full_precision(latents.device):
-            return self._describe(F.avg_pool2d(self.picture(latents), HALVED))
+        return self._describe(F.avg_pool2d(self.picture(latents), HALVED))
 
     def _describe(self, found: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w), in [-1, 1] -> (N, NUM_PICTURE_STATISTICS)"""

@@ -6,7 +6,7 @@ Embeddings of a network rounded to half precision would not fit the detector.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 ACCELERATOR = torch.accelerator.current_accelerator()
 DEVICE_TYPES = ("cpu",) if ACCELERATOR is None else ("cpu", ACCELERATOR.type)
+ROUNDING = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+if torch.cuda.is_available():
+    ROUNDING += [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
 
 
 class PrecisionMixin:
@@ -84,10 +87,19 @@ def without_autocast(method: Callable) -> Callable:
     return run
 
 
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Convolutions in float32 where a GPU would round what they multiply to TensorFloat-32."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    cudnn = torch.backends.cudnn
-    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    return cudnn.flags(**kept, allow_tf32=False)
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """
+    Products and convolutions in float32, wherever PyTorch was told to round what they multiply, as
+    `torch.set_float32_matmul_precision` does, or does so by default: scores would move with a setting that
+    nobody looks at. Settings are the process's, and are put back.
+    """
+    rounding = [] if torch.compiler.is_compiling() else [(x, x.fp32_precision) for x in ROUNDING]
+    rounding = [(setting, kept) for setting, kept in rounding if kept in ("tf32", "bf16")]
+    for setting, _ in rounding:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, kept in rounding:
+            setting.fp32_precision = kept

@@ -89,3 +89,30 @@ def test_mixed_precision_is_off_inside(make):
     for expected, found in zip(*results, strict=True):
         assert found.dtype == torch.float32
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("texture", [False, True])
+def test_scores_do_not_move_with_how_the_process_multiplies(texture):
+    model, pixels = tiny_model(**TEXTURE if texture else {}), torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.protoleak.encode(pixels)  # in which the VAE does as it is told
+    expected, setting, seen = model(latents=latents), torch.backends.mkldnn.matmul, []
+
+    def look(*_) -> None:
+        seen.append((setting.fp32_precision, torch.backends.mkldnn.conv.fp32_precision))
+
+    for module in (model.protoleak.encoder.norm, model.protoleak.gate):
+        module.register_forward_hook(look)
+    distances = model.head.distances
+    model.head.distances = lambda *inputs: look() or distances(*inputs)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = model(latents=latents)
+        with pytest.raises(ValueError, match="latents must be"):
+            model(latents=torch.zeros(3))
+        assert (setting.fp32_precision, torch.get_float32_matmul_precision()) == ("bf16", "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(seen) == 3
+    assert {"bf16", "tf32"}.isdisjoint(value for values in seen for value in values)
+    for name in ("logits", "embeddings"):
+        assert torch.equal(found[name], expected[name])
