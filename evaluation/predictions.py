@@ -35,6 +35,7 @@ class Predictions:
         class_p_values (`np.ndarray` of shape `(N, K)`, *optional*): Conformal, of each class.
         generated_p_values (`np.ndarray` of shape `(N,)`, *optional*): Conformal, of "made by a generator,
             known or not"; where there is a class "real".
+        is_refused (`np.ndarray` of shape `(N,)`, *optional*): Which images are given no verdict.
     """
 
     embeddings: np.ndarray
@@ -46,6 +47,7 @@ class Predictions:
     p_values: np.ndarray | None = None
     class_p_values: np.ndarray | None = None
     generated_p_values: np.ndarray | None = None
+    is_refused: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,17 +66,20 @@ class Predictions:
         parts = {name: part.copy() for name in names if (part := getattr(self, name)) is not None}
         for part in parts.values():
             part[is_refused] = 1
-        return replace(self, **parts)
+        return replace(self, **parts, is_refused=is_refused)
 
     def likeliest(self) -> np.ndarray:
         """Index of the known class with the highest probability. (N,)"""
         return self.probabilities.argmax(axis=1)
 
     def verdicts(self, alpha: float) -> np.ndarray:
-        """Index of the class that an image is attributed to; K for "unknown". (N,)"""
-        if self.p_values is None:
-            return self.likeliest()
-        return np.where(self.p_values <= alpha, self.probabilities.shape[1], self.likeliest())
+        """
+        Index of the class that an image is attributed to; K for "unknown", K + 1 for "no evidence". (N,)
+        """
+        found, num_labels = self.likeliest(), self.probabilities.shape[1]
+        if self.p_values is not None:
+            found = np.where(self.p_values <= alpha, num_labels, found)
+        return found if self.is_refused is None else np.where(self.is_refused, num_labels + 1, found)
 
     def in_sets(self, alpha: float, camera_alpha: float, real: int | None) -> np.ndarray:
         """

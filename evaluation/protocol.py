@@ -42,7 +42,8 @@ class SplitEvaluation:
             by bootstrap over images for the others.
         per_class (`dict[str, dict]`): Of each class that occurs its `images`, the one-vs-rest `auc`, the
             `recall` (of the likeliest class), and the `set_coverage` where there are prediction sets.
-        confusion (`list[list[int]]`): Counts; rows are true classes, columns verdicts, "unknown" the last.
+        confusion (`list[list[int]]`): Counts; rows are true classes, columns verdicts, after those "unknown",
+            and "no evidence" where any image has that.
         reliability (`list[dict]`): See [`reliability`].
         scores (`dict[str, list[float]]`): What ROC curves are drawn from: the open-set scores of `known` and
             `unknown` images, and the probabilities of the class "real" of `real` and `generated` ones.
@@ -235,9 +236,14 @@ def _per_class(
 
 def _confusion(test: Predictions, alpha: float) -> list[list[int]]:
     num_labels = test.probabilities.shape[1]
-    counts = np.zeros((num_labels, num_labels + 1), int)
+    counts = np.zeros((num_labels, num_labels + 2), int)
     np.add.at(counts, (test.labels, test.verdicts(alpha)), 1)
-    return counts.tolist()
+    return (counts if counts[:, -1].any() else counts[:, :-1]).tolist()
+
+
+def verdicts_in(labels: list[str], confusion: list[list[int]]) -> list[str]:
+    """The columns of a confusion matrix."""
+    return [*labels, "unknown", "no evidence"][: len(confusion[0])]
 
 
 def _roc_scores(test: Predictions, unknown: Predictions | None, label_names: list[str]) -> dict:

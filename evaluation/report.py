@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .predictions import ORIGINS
-from .protocol import Evaluation, SplitEvaluation
+from .protocol import Evaluation, SplitEvaluation, verdicts_in
 
 TITLES = {
     "macro_auc": "Macro AUC, closed set",
@@ -232,7 +232,7 @@ def _split_sections(evaluation: Evaluation, split: SplitEvaluation) -> list[str]
 def _confusion_table(labels: list[str], split: SplitEvaluation) -> str:
     counted = zip(labels, split.confusion, strict=True)
     rows = ([name, *map(str, counts)] for name, counts in counted if name in split.per_class)
-    return markdown_table(("true class, then verdicts", *labels, "unknown"), rows)
+    return markdown_table(("true class, then verdicts", *verdicts_in(labels, split.confusion)), rows)
 
 
 def _reliability_table(split: SplitEvaluation) -> str:

@@ -31,7 +31,9 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
     views = [View(operator=operator, strength=strength, seed=seed) for operator, strength in cases(quick)]
-    encoded = {split: subject.cache().encode_views(part, views) for split, part in rows.items()}
+    encoded = {
+        split: subject.cache().encode_views(part, views, held_out=True) for split, part in rows.items()
+    }
     table, untouched = [], None
     for view in tqdm(views, "robustness", disable=not accelerator.is_main_process):
         parts = {

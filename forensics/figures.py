@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
-from ..evaluation.protocol import Evaluation
+from ..evaluation.protocol import Evaluation, verdicts_in
 from ..files_protoleak import printable
 
 BLUE, RED, GREY = "#4c72b0", "#c44e52", "#999999"
@@ -168,13 +168,14 @@ def draw_roc(curves: dict[str, tuple[Any, Any]]) -> Figure:
 
 
 def draw_confusion(labels: list[str], confusion: list[list[int]]) -> Figure:
-    """Rows are true classes, columns verdicts, with "unknown" as the last; shades are shares of a row."""
+    """Rows are true classes, columns verdicts, see [`verdicts_in`]; shades are shares of a row."""
     counts = np.array(confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = 1.5 + 0.5 * (len(labels) + 1)
+    verdicts = verdicts_in([*map(plain, labels)], confusion)
+    size = 1.5 + 0.5 * len(verdicts)
     figure, axes = _axes(size + 0.8, size, xlabel="verdict", ylabel="true class")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels) + 1), [*map(plain, labels), "unknown"], rotation=60, ha="right")
+    axes.set_xticks(range(len(verdicts)), verdicts, rotation=60, ha="right")
     axes.set_yticks(range(len(labels)), [*map(plain, labels)])
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageFilter
 from protoleak import ImageAttributionPipeline, ProtoLeakImageProcessor
 from protoleak.evaluation.predictions import ORIGINS, predict_splits
+from protoleak.evaluation.protocol import evaluate_splits, verdicts_in
 from protoleak.evidence_protoleak import (
     LEAST_LAYOUT,
     LEAST_ROUGHNESS,
@@ -21,6 +22,7 @@ from protoleak.evidence_protoleak import (
 )
 from protoleak.forensics.scan import Attributor
 from protoleak.pipeline_protoleak import LACKS, NO_EVIDENCE, RECORD_FIELDS
+from protoleak.training.latents import LatentCache, View
 
 from . import ROOT
 from .test_pipeline import in_diffusers
@@ -164,3 +166,26 @@ def test_evaluation_counts_a_refusal_as_attribute_has_it(fitted_model, tmp_path,
     assert [row for row, record in zip(own, records, strict=True) if not record["is_unknown"]] == sets
     assert (made.p_values <= alpha).tolist() == [record["is_unknown"] for record in records]
     assert "2 of 3 images show nothing to go by" in caplog.text
+    verdicts = [*labels, "unknown", NO_EVIDENCE]
+    assert [verdicts[k] for k in made.verdicts(alpha)] == [record["label"] for record in records]
+    (split,) = evaluate_splits({"test": made}, labels, alpha, levels[1]).values()
+    assert [row[-1] for row in split.confusion][:3] == [1, 0, 1]
+    assert verdicts_in(labels, split.confusion) == verdicts
+
+
+def test_a_view_of_an_image_is_refused_as_it_is_then(fitted_model, tmp_path, monkeypatch):
+    """Whether that is told by the cache or anew."""
+    processor = ProtoLeakImageProcessor(crop_size=64, do_resize=False)
+    photo = Image.open(ROOT / "examples/photo_2.jpg")
+    images = [photo, photo.resize((200, 100)), noise(), photo.resize((300, 300))]
+    rows = datasets.Dataset.from_dict({"image": images, "label": ["real"] * 4})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    cache = LatentCache(fitted_model, processor, Accelerator(), batch_size=2, shard_size=3)
+    cache.folder = tmp_path
+    views = [View(), View(operator="crop", strength=0.5)]
+    for _ in range(2):
+        found = cache.encode_views(rows, views, held_out=True)
+        assert found[views[0]].is_refused.tolist() == [False, False, True, False]
+        assert found[views[1]].is_refused.tolist() == [False, True, True, False], "of 50 pixels"
+        monkeypatch.setattr(cache, "_encode_batch", None)  # all is there
+    assert cache.encode_views(rows, views)[views[0]].is_refused is None

@@ -71,7 +71,7 @@ class LatentDataset(torch.utils.data.Dataset):
     """
     Pairs of latents, float16 (C, H, W) or (crops, C, H, W), and label; or of features, float16 (S, T, P), and
     label. A row is read from its file when it is asked for; nothing of the files stays in this process's
-    memory.
+    memory. A file ends with a byte for each of its rows, which tells what the image lacks.
 
     Args:
         files (`list[Path]`): Of `shard_size` rows each, the last of those that are left.
@@ -90,6 +90,13 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def lacks(self) -> np.ndarray:
+        """What each image lacks for an attribution, (num_images,): see `evidence_protoleak.py`."""
+        size = math.prod(self.shape) * ITEM_SIZE
+        counts = [min(self.shard_size, len(self) - start) for start in range(0, len(self), self.shard_size)]
+        parts = [np.fromfile(f, np.uint8, offset=n * size) for f, n in zip(self.files, counts, strict=False)]
+        return np.concatenate(parts)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         shard, place = divmod(range(len(self))[index], self.shard_size)
@@ -170,23 +177,27 @@ class LatentCache:
 
     def encode_held_out(self, rows: Dataset) -> LatentDataset:
         """[`~LatentCache.encode`] of images whose verdicts count, with which of them are refused one."""
-        encoded, lack_of_evidence = self.encode(rows), self.processor.lack_of_evidence
-        images = (row["image"] for row in rows.select_columns("image"))
-        lacks = [lack_of_evidence(image["bytes"] or image["path"]) for image in images]
-        encoded.is_refused = np.array(lacks) != SUFFICIENT
+        encoded = self.encode_views(rows, [View()], held_out=True)[View()]
         if encoded.is_refused.any():
             count = f"{encoded.is_refused.sum()} of {len(rows)} images"
             logger.warning(f'{count} show nothing to go by; their verdicts count as "no evidence"')
         return encoded
 
-    def encode_views(self, rows: Dataset, views: Iterable[View]) -> dict[View, LatentDataset]:
-        """The latents of several views of the same images; their content is read for the key only once."""
+    def encode_views(
+        self, rows: Dataset, views: Iterable[View], held_out: bool = False
+    ) -> dict[View, LatentDataset]:
+        """
+        The latents of several views of the same images, of which the content is read for the key only once;
+        with which views of images are refused a verdict, where these are `held_out`.
+        """
         key, index = self.content_key(rows), {k: n for n, k in enumerate(self.model.config.label_names)}
         labels = torch.tensor([index.get(name, -1) for name in rows["label"]])
         encoded = {}
         for view in views:
             files = self._encode_shards(rows, view, f"{key}-{view.name}")
             encoded[view] = LatentDataset(files, self.shape, labels, self.shard_size)
+            if held_out:
+                encoded[view].is_refused = encoded[view].lacks() != SUFFICIENT
         return encoded
 
     def _encode_shards(self, rows: Dataset, view: View, name: str) -> list[Path]:
@@ -196,7 +207,7 @@ class LatentCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in range(self.accelerator.process_index, count, self.accelerator.num_processes):
             members = range(number * self.shard_size, min((number + 1) * self.shard_size, len(rows)))
-            size = len(members) * math.prod(self.shape) * ITEM_SIZE
+            size = len(members) * (math.prod(self.shape) * ITEM_SIZE + 1)
             if not files[number].exists() or files[number].stat().st_size != size:
                 self._write_shard(rows.select(members), view, files[number])
         self.accelerator.wait_for_everyone()
@@ -211,25 +222,30 @@ class LatentCache:
         )
 
         def write(partial: Path) -> None:
+            lacks = []
             with bar, partial.open("wb") as file:
                 for batch in rows.select_columns("image").iter(self.batch_size):
-                    file.write(self._encode_batch(batch["image"], view).tobytes())
+                    encoded, lacking = self._encode_batch(batch["image"], view)
+                    file.write(encoded.tobytes())
+                    lacks.append(lacking)
                     bar.update(len(batch["image"]))
+                file.write(np.concatenate(lacks or [np.empty(0)]).astype(np.uint8).tobytes())
 
         write_whole(path, write)
 
     def latents(self, rows: Dataset) -> Iterator[torch.Tensor]:
         """z_0 at the first scale, batch by batch, of `rows` as they are; they are not kept."""
         for batch in rows.select_columns("image").iter(self.batch_size):
-            yield self.model.protoleak.encode(self._pixels(batch["image"], View()))[0]
+            yield self.model.protoleak.encode(self._pixels(batch["image"], View())[0])[0]
 
     @torch.no_grad()
-    def _encode_batch(self, images: list[dict[str, Any]], view: View) -> np.ndarray:
+    def _encode_batch(self, images: list[dict[str, Any]], view: View) -> tuple[np.ndarray, np.ndarray]:
         """
-        Images as `datasets` holds them, to latents or features (B, *shape), float16; features with the noise
-        of evaluation, whatever mode the model is in.
+        Images as `datasets` holds them, to latents or features (B, *shape), float16, and what they lack,
+        (B,); features with the noise of evaluation, whatever mode the model is in.
         """
-        pyramid = self.model.protoleak.encode(self._pixels(images, view))
+        pixels, lacks = self._pixels(images, view)
+        pyramid = self.model.protoleak.encode(pixels)
         if self.model.takes_features:
             training = self.model.training
             self.model.eval()
@@ -237,14 +253,18 @@ class LatentCache:
             self.model.train(training)
         else:
             (encoded,) = pyramid
-        return encoded.reshape(len(images), *self.shape).half().cpu().numpy()
+        return encoded.reshape(len(images), *self.shape).half().cpu().numpy(), lacks
 
-    def _pixels(self, images: list[dict[str, Any]], view: View) -> torch.Tensor:
-        """Pixel values of images in a view: (B, 3, h, w) or (B, V, 3, h, w), V fixed for latents."""
+    def _pixels(self, images: list[dict[str, Any]], view: View) -> tuple[torch.Tensor, np.ndarray]:
+        """
+        Pixel values of images in a view, (B, 3, h, w) or (B, V, 3, h, w), V fixed for latents; and what they
+        lack, (B,).
+        """
         contents = [image["bytes"] if image["bytes"] is not None else image["path"] for image in images]
         processed = [view.process(content, self.processor.max_pixels) for content in contents]
-        pixels = self.processor(processed)["pixel_values"]
+        inputs = self.processor(processed)
+        pixels = inputs["pixel_values"]
         if pixels.ndim == 5 and not self.model.takes_features:  # V the most crops of an image of this batch
             missing = self.processor.num_crops - pixels.shape[1]
             pixels = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing))
-        return view.orient(pixels)
+        return view.orient(pixels), inputs["no_evidence"].numpy()
