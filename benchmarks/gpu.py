@@ -78,15 +78,20 @@ def bundled() -> ProtoLeakForImageAttribution:
 
 @torch.inference_mode()
 def agreement() -> None:
-    """Scores of examples/ on the GPU and on the CPU."""
+    """Scores of examples/ on the GPU and on the CPU, and where PyTorch is told to round on the GPU."""
     processor = ProtoLeakImageProcessor.from_pretrained(HERE)
     files = sorted(f for f in (HERE / "examples").iterdir() if f.suffix in (".png", ".jpg", ".webp"))
     values = torch.from_numpy(stack_crops([processor.pixel_values(f) for f in files]))
     model = bundled()
-    there, here = (model.to(device)(values.to(device)) for device in ("cuda", "cpu"))
+    here, there = (model.to(device)(values.to(device)) for device in ("cpu", "cuda"))
+    torch.set_float32_matmul_precision("medium")
+    rounded = model(values.to("cuda"))
+    torch.set_float32_matmul_precision("highest")
     for field in ("logits", "embeddings", "open_set_score"):
-        a, b = (np.asarray(torch.as_tensor(output[field]).cpu(), dtype=float) for output in (there, here))
-        row(f"{field} of examples/, GPU less CPU, over their spread", f"{np.abs(a - b).max() / b.std():.1e}")
+        a, b, c = (np.asarray(torch.as_tensor(x[field]).cpu(), dtype=float) for x in (here, there, rounded))
+        differences = [f"{np.abs(other - a).max() / a.std():.1e}" for other in (b, c)]
+        row(f"{field} of examples/, GPU less CPU, over their spread", differences[0])
+        row('the same after `torch.set_float32_matmul_precision("medium")`', differences[1])
 
 
 def command() -> None:
