@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ CHECKPOINT_FILES = (  # what is pushed of a checkpoint's folder, and nothing els
     "README.md", "config.json", "model*.safetensors*", "adapter_*", "density.pkl", "metrics.json",
     "preprocessor_config.json", "model_index.json", "vae/*", "scheduler/*", "figures/*", CODE, LICENCE,
 )  # fmt: skip
+LOADING = threading.Lock()  # of what a PixelLayout stands for: threads that ask for it get the same
 AUTO_MAP = {
     "AutoConfig": "configuration_protoleak.ProtoLeakConfig",
     "AutoModel": "modeling_protoleak.ProtoLeakModel",
@@ -63,9 +65,10 @@ class CheckpointMixin:
     @property
     def vae(self) -> nn.Module | None:
         """The frozen autoencoder, or `None` before one is attached."""
-        if isinstance(self.held_vae, PixelLayout):
-            self.attach_vae(self.held_vae.load())
-        return self.held_vae
+        with LOADING:
+            if isinstance(self.held_vae, PixelLayout):
+                self.attach_vae(self.held_vae.load())
+            return self.held_vae
 
     @property
     def held_vae(self) -> nn.Module | None:
@@ -262,7 +265,8 @@ def make_alphas_cumprod(config: ProtoLeakConfig) -> torch.Tensor:
     steps, first, last = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.beta_schedule == "squaredcos_cap_v2":
         left = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(left)])
+        betas = [min(1 - after / before, 0.999) for before, after in pairwise(left)]
+        betas = torch.tensor(betas, dtype=torch.float32)
     elif config.beta_schedule == "linear":
         betas = torch.linspace(first, last, steps, dtype=torch.float32)
     else:

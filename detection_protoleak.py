@@ -49,7 +49,8 @@ class DetectorMixin:
     def probe(self) -> torch.Tensor:
         """What VAE and network make of a fixed image, (D,): with the same probe they are the same."""
         generator = torch.Generator("cpu").manual_seed(0)
-        pixel_values = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+        options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+        pixel_values = torch.rand(1, 3, 64, 64, **options) * 2 - 1
         with evaluating(self):
             return self.base_model(pixel_values, return_dict=True).embeddings[0].cpu()
 

@@ -28,7 +28,7 @@ from .outputs_protoleak import ImageAttributionOutput, ProtoLeakModelOutput
 from .precision_protoleak import PrecisionMixin, full_precision, without_autocast
 from .statistics_protoleak import Discriminant, LatentWhitening, normalise_contrast
 from .texture_protoleak import POSITIONS, TOGETHER, PrincipalPlane, in_threads
-from .vae_protoleak import PixelLayout, encode_with, in_patches, lays_out_pixels
+from .vae_protoleak import encode_with, in_patches, lays_out_pixels
 
 if TYPE_CHECKING:  # transformers follows this line when it copies a checkpoint's code
     from .diffusion_protoleak import ProtoLeakDiffusionPipeline  # noqa: F401
@@ -228,12 +228,10 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w) -> (N, C, H, W), float32"""
         vae = self.held_vae
-        if not isinstance(vae, PixelLayout) and (vae.device.type != "cpu" or torch.compiler.is_compiling()):
-            return encode_with(vae, pixel_values)
+        encode = in_patches if lays_out_pixels(vae) else partial(encode_with, vae)
         pixel_values = pixel_values.to(vae.device, vae.dtype)
         if vae.device.type != "cpu" or torch.compiler.is_compiling():
-            return in_patches(pixel_values)
-        encode = in_patches if lays_out_pixels(vae) else partial(encode_with, vae)
+            return encode(pixel_values)
         return torch.cat(in_threads(encode, pixel_values.split(TOGETHER)))
 
     def fit_whitening(self, batches: Iterable[torch.Tensor]) -> None:
@@ -268,7 +266,8 @@ class ProtoLeakModel(ProtoLeakPreTrainedModel):
         """(T, C, H, W): one draw for every image, fixed by `noise_seed` alone, so that scores are as well."""
         if shape not in self._constants:
             generator = torch.Generator("cpu").manual_seed(self.config.noise_seed)
-            draws = [torch.randn(shape, generator=generator) for _ in self.config.timesteps]
+            options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+            draws = [torch.randn(shape, **options) for _ in self.config.timesteps]
             self._constants[shape] = torch.stack(draws)
         return self._constants[shape]
 

@@ -6,6 +6,7 @@ Embeddings of a network rounded to half precision would not fit the detector.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 ACCELERATOR = torch.accelerator.current_accelerator()
 DEVICE_TYPES = ("cpu",) if ACCELERATOR is None else ("cpu", ACCELERATOR.type)
-ROUNDING = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+SETTINGS = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
 if torch.cuda.is_available():
-    ROUNDING += [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    SETTINGS += [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
 
 
 class PrecisionMixin:
@@ -87,19 +88,52 @@ def without_autocast(method: Callable) -> Callable:
     return run
 
 
+class Rounding:
+    """
+    What PyTorch rounds of factors in float32. Settings are the process's, so threads that want none share one
+    of these: the first stops it, the last puts it back.
+    """
+
+    def __init__(self):
+        self.lock, self.users = threading.Lock(), 0
+        self.kept: list[tuple[Any, str]] = []
+
+    @torch.compiler.disable
+    def stop(self) -> None:
+        with self.lock:
+            self.users += 1
+            found = [(setting, setting.fp32_precision) for setting in SETTINGS]
+            found = [(setting, kept) for setting, kept in found if kept in ("tf32", "bf16")]
+            self.kept += found
+            for setting, _ in found:
+                setting.fp32_precision = "ieee"
+
+    @torch.compiler.disable
+    def resume(self) -> None:
+        with self.lock:
+            self.users -= 1
+            while self.kept and not self.users:
+                setting, kept = self.kept.pop(0)
+                setting.fp32_precision = "none"  # it follows a broader setting
+                if setting.fp32_precision != kept:
+                    setting.fp32_precision = kept
+
+
+ROUNDING = Rounding()
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """
     Products and convolutions in float32, wherever PyTorch was told to round what they multiply, as
     `torch.set_float32_matmul_precision` does, or does so by default: scores would move with a setting that
-    nobody looks at. Settings are the process's, and are put back.
+    nobody looks at. `torch.compile` compiles what is within by itself; in an exported graph nothing is set.
     """
-    rounding = [] if torch.compiler.is_compiling() else [(x, x.fp32_precision) for x in ROUNDING]
-    rounding = [(setting, kept) for setting, kept in rounding if kept in ("tf32", "bf16")]
-    for setting, _ in rounding:
-        setting.fp32_precision = "ieee"
+    if torch.compiler.is_exporting():
+        yield
+        return
+    ROUNDING.stop()
     try:
         yield
     finally:
-        for setting, kept in rounding:
-            setting.fp32_precision = kept
+        ROUNDING.resume()

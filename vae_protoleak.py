@@ -42,15 +42,22 @@ def encode_with(vae: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 def lays_out_pixels(vae: nn.Module) -> bool:
     """
     Whether latents are the pixels of 2x2 patches, as those of `make_patch_autoencoder` are: by its weights,
-    which may have been changed. Its convolutions take a CPU long for nothing.
+    which may have been changed. Its convolutions take a CPU long for nothing, and a GPU rounds in them.
     """
-    return isinstance(vae, PixelLayout) or _is_plain(vae.config) and _is_identity(vae.encoder.state_dict())
+    if isinstance(vae, PixelLayout) or torch.compiler.is_compiling() or vae.device.type == "meta":
+        return isinstance(vae, PixelLayout)  # values can't be looked at
+    return _is_plain(vae.config) and _is_identity(vae.encoder.state_dict())
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
     """Whether a config adds nothing to an encoder's convolutions but a shortcut over the last."""
     shifted = config.get("scaling_factor") != 1 or config.get("shift_factor")
     return bool(config.get("encoder_out_shortcut")) and not shifted
+
+
+def _is_of_patches(config: Mapping[str, Any]) -> bool:
+    channels = PATCH_ENCODER["conv_out.bias"][0]
+    return (config.get("_class_name"), config.get("latent_channels")) == ("AutoencoderDC", channels)
 
 
 def _is_identity(weights: Mapping[str, torch.Tensor]) -> bool:
@@ -137,7 +144,7 @@ def _pixel_layout(folder: Path, name: str | os.PathLike, subfolder: str, **hub) 
     """`None` also where files can't be read, which [`load_autoencoder`] then says."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        if config.get("_class_name") != "AutoencoderDC" or not _is_plain(config):
+        if not isinstance(config, dict) or not _is_plain(config) or not _is_of_patches(config):
             return None
         weights = load(Path(cached_file(name, VAE_WEIGHTS, subfolder=subfolder, **hub)).read_bytes())
     except (OSError, ValueError, SafetensorError):

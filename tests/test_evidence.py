@@ -189,3 +189,4 @@ def test_a_view_of_an_image_is_refused_as_it_is_then(fitted_model, tmp_path, mon
         assert found[views[1]].is_refused.tolist() == [False, True, True, False], "of 50 pixels"
         monkeypatch.setattr(cache, "_encode_batch", None)  # all is there
     assert cache.encode_views(rows, views)[views[0]].is_refused is None
+    assert cache.encode_held_out(rows.select([])).is_refused.tolist() == []

@@ -1,16 +1,26 @@
 """The autoencoder of pixels in patches."""
 
+import contextlib
 import copy
 import json
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoModel
 from protoleak import ProtoLeakConfig, ProtoLeakForImageAttribution
 from protoleak.training.patches import make_patch_autoencoder
-from protoleak.vae_protoleak import VAE_WEIGHTS, encode_with, in_patches, lays_out_pixels, load_vae
+from protoleak.vae_protoleak import (
+    VAE_WEIGHTS,
+    PixelLayout,
+    encode_with,
+    in_patches,
+    lays_out_pixels,
+    load_vae,
+)
 from safetensors.torch import load_file, save_file
 
 from .conftest import TEXTURE, fit_random_detector, tiny_model
@@ -149,3 +159,26 @@ def test_damaged_files_are_told_at_once(saved, name):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(OSError, match=r"(?s)checkpoint.*vae=AutoencoderKL"):
         ProtoLeakForImageAttribution.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"encoder_out_shortcut": true, "scaling_factor": 1}'])
+def test_a_config_that_is_none_is_told_at_once(saved, content):
+    content = content.replace("{", '{"_class_name": "AutoencoderDC", ')
+    (saved / "vae" / "config.json").write_text(content)
+    with pytest.raises(OSError, match=r"(?s)checkpoint.*vae=AutoencoderKL"):
+        ProtoLeakForImageAttribution.from_pretrained(saved)
+
+
+def test_threads_that_ask_for_the_autoencoder_get_the_same(saved, monkeypatch):
+    model, all_here = ProtoLeakForImageAttribution.from_pretrained(saved), Barrier(2)
+    load = PixelLayout.load
+
+    def slow(layout: PixelLayout) -> AutoencoderDC:
+        with contextlib.suppress(BrokenBarrierError):  # the other can't come before this is done
+            all_here.wait(0.2)
+        return load(layout)
+
+    monkeypatch.setattr(PixelLayout, "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: model.vae, range(2))
+    assert first is second is model.held_vae

@@ -1,6 +1,10 @@
+import copy
+from threading import Event, Thread
+
 import pytest
 import torch
 from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution
+from protoleak.precision_protoleak import full_precision
 
 from .conftest import TEXTURE, tiny_config, tiny_model
 
@@ -116,3 +120,81 @@ def test_scores_do_not_move_with_how_the_process_multiplies(texture):
     assert {"bf16", "tf32"}.isdisjoint(value for values in seen for value in values)
     for name in ("logits", "embeddings"):
         assert torch.equal(found[name], expected[name])
+
+
+def test_settings_that_are_inherited_stay_so():
+    settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    for setting in settings:
+        setting.fp32_precision = "none"
+    torch.backends.fp32_precision = "bf16"
+    try:
+        with full_precision(), full_precision():
+            assert [setting.fp32_precision for setting in settings] == ["ieee"] * 2
+        assert [setting.fp32_precision for setting in settings] == ["bf16"] * 2
+        torch.backends.fp32_precision = "ieee"
+        assert [setting.fp32_precision for setting in settings] == ["ieee"] * 2
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_thread_that_is_done_leaves_another_its_precision():
+    setting = torch.backends.mkldnn.matmul
+    begun, done = Event(), Event()
+
+    def first() -> None:
+        with full_precision():
+            begun.set()
+            done.wait(10)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        thread = Thread(target=first)
+        thread.start()
+        assert begun.wait(10)
+        with full_precision():
+            done.set()
+            thread.join()
+            assert setting.fp32_precision == "ieee"
+        assert (setting.fp32_precision, torch.get_float32_matmul_precision()) == ("bf16", "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_compiled_model_does_not_round_either():
+    model, seen = tiny_model(), []
+    latents = model.protoleak.encode(torch.rand(1, 3, 32, 32) * 2 - 1)[0]
+
+    def backend(graph, _):
+        multiplies = {"linear", "conv2d", "einsum", "matmul"} & {
+            getattr(node.target, "__name__", "") for node in graph.graph.nodes
+        }
+
+        def run(*values):
+            if multiplies:
+                seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return graph(*values)
+
+        return run
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.compile(model, backend=backend)(latents=latents)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.compiler.reset()
+    assert set(seen) == {"ieee"}
+
+
+def test_scores_do_not_move_with_the_default_dtype(fitted_model):
+    model, pixels = copy.deepcopy(fitted_model), torch.rand(2, 3, 32, 32) * 2 - 1
+    expected = fitted_model(pixels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model.check_detector(model.detector)
+        found = model(pixels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("logits", "embeddings"):
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], expected[name])

@@ -96,7 +96,7 @@ class LatentDataset(torch.utils.data.Dataset):
         size = math.prod(self.shape) * ITEM_SIZE
         counts = [min(self.shard_size, len(self) - start) for start in range(0, len(self), self.shard_size)]
         parts = [np.fromfile(f, np.uint8, offset=n * size) for f, n in zip(self.files, counts, strict=False)]
-        return np.concatenate(parts)
+        return np.concatenate([np.empty(0, np.uint8), *parts])
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         shard, place = divmod(range(len(self))[index], self.shard_size)
