@@ -38,7 +38,8 @@ def looked_at(weights: torch.Tensor, timesteps: int, in_turn: bool) -> torch.Ten
     turn = (counts.cumsum(dim=1) - 1) % timesteps
     alone = turn[..., None] == torch.arange(timesteps, device=weights.device)
     many = counts.sum(dim=1) >= MANY * timesteps
-    return counts[..., None] & (alone | ~many[:, None, None] | torch.tensor(not in_turn))
+    everywhere = ~many[:, None, None] if in_turn else torch.ones_like(many)[:, None, None]
+    return counts[..., None] & (alone | everywhere)
 
 
 def join_crops(

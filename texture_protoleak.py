@@ -75,7 +75,7 @@ def _patterns() -> torch.Tensor:
     Which of the distinct patterns each run of four levels is, (625,): a run counts as its mirror image and as
     its negative.
     """
-    runs = torch.arange(LEVELS**RUN).view([LEVELS] * RUN)
+    runs = torch.arange(LEVELS**RUN, device="cpu").view([LEVELS] * RUN)
     mirrored = runs.permute(3, 2, 1, 0)
     same = torch.stack([runs, mirrored, runs.flip(0, 1, 2, 3), mirrored.flip(0, 1, 2, 3)])
     return same.amin(dim=0).flatten().unique(return_inverse=True)[1]
@@ -146,7 +146,7 @@ def _patterns_of_cells(steps: tuple[float, ...]) -> list[tuple[torch.Tensor, int
     several = []
     for step in steps:
         above = [sum(own <= x for own in _thresholds((step,))) for x in _thresholds(steps)]
-        levels = torch.tensor([-n for n in above[::-1]] + [0] + above) + TRUNCATION
+        levels = torch.tensor([-n for n in above[::-1]] + [0] + above, device="cpu") + TRUNCATION
         runs = levels
         for _ in range(RUN - 1):
             runs = (runs[:, None] * LEVELS + levels).flatten()
@@ -181,7 +181,7 @@ def _count(codes: torch.Tensor, size: int) -> torch.Tensor:
     """How often each of 0..size-1 occurs in each image: (N, L), int16 -> (N, size), int64"""
     if codes.device.type != "cpu":  # which waits for each count
         return _count_at_once(codes, size)
-    counts = torch.empty(len(codes), size, dtype=torch.int64)
+    counts = torch.empty(len(codes), size, dtype=torch.int64, device="cpu")
     for row, image in zip(counts, codes, strict=True):
         row.copy_(torch.bincount(image, minlength=size))
     return counts
@@ -205,7 +205,7 @@ def _square_patterns() -> torch.Tensor:
     Which of the distinct patterns each square of four levels is, (625,), corners row by row: a square counts
     as it is turned and mirrored.
     """
-    squares = torch.arange(LEVELS**4).view([LEVELS] * 4)
+    squares = torch.arange(LEVELS**4, device="cpu").view([LEVELS] * 4)
     turned = [squares, squares.permute(2, 0, 3, 1), squares.permute(3, 2, 1, 0), squares.permute(1, 3, 0, 2)]
     same = [square for way in turned for square in (way, way.permute(0, 2, 1, 3))]
     return torch.stack(same).amin(dim=0).flatten().unique(return_inverse=True)[1]
@@ -265,7 +265,7 @@ def _ring_patterns() -> torch.Tensor:
     Which of the distinct patterns each ring of eight signs is, (6561,): a ring counts as it is turned by
     quarters, mirrored, and as its negative.
     """
-    rings = torch.arange(3**8).view([3] * 8)
+    rings = torch.arange(3**8, device="cpu").view([3] * 8)
     starts, ways = range(0, 8, 2), (1, -1)
     orders = [[(start + way * i) % 8 for i in range(8)] for start in starts for way in ways]
     same = [ring for order in orders for ring in (rings.permute(order), rings.permute(order).flip(*range(8)))]
@@ -291,7 +291,7 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
     plane, described = plane / THRESHOLD, []
     for radius in RADII:
         height, width = (size - 2 * radius for size in plane.shape[1:])
-        middle = torch.full((2, len(plane), height, width), 3**4 // 2, dtype=torch.int8)
+        middle = torch.full((2, len(plane), height, width), 3**4 // 2, dtype=torch.int8, device=plane.device)
         halves = middle.to(plane.device)  # four signs each
         for place in NOT_ABOVE:
             down, right = (radius * step for step in RING[place])
@@ -331,7 +331,7 @@ def log_cholesky(latents: torch.Tensor) -> torch.Tensor:
     places = torch.arange(size, device=latents.device).view(NEIGHBOURHOOD**2, -1).T.flatten()
     covariance = covariance[:, places[:, None], places]  # channel by channel
     ridge = (covariance.diagonal(dim1=1, dim2=2).amax(dim=1) * ROUNDING).clamp_min(RIDGE)
-    factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * torch.eye(size).to(covariance))
+    factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * torch.eye(size, device=latents.device))
     logarithms = factor.diagonal(dim1=1, dim2=2).log()
     rows, columns = torch.tril_indices(size, size, device=latents.device)
     return (factor.tril(-1) + torch.diag_embed(logarithms))[:, rows, columns].float()
@@ -418,7 +418,8 @@ class PrincipalPlane(nn.Module):
         variances, vectors = torch.linalg.eigh(between)
         mixture = vectors[:, -1] / variances[-1].sqrt()
         mixture = mixture * mixture[mixture.abs().argmax()].sign()  # its sign is made the same everywhere
-        mix = torch.kron(mixture[None], torch.eye(places).to(mixture))  # (p^2, C)
+        places = torch.eye(places, dtype=mixture.dtype, device=mixture.device)
+        mix = torch.kron(mixture[None], places)  # (p^2, C)
         self.readout.copy_(mix @ torch.linalg.inv(whitening))
         self.offset.copy_(mix @ mean)
 

@@ -3,7 +3,7 @@ from threading import Event, Thread
 
 import pytest
 import torch
-from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution
+from protoleak import ImageAttributionPipeline, ProtoLeakForImageAttribution, texture_protoleak
 from protoleak.precision_protoleak import full_precision
 
 from .conftest import TEXTURE, tiny_config, tiny_model
@@ -198,3 +198,19 @@ def test_scores_do_not_move_with_the_default_dtype(fitted_model):
     for name in ("logits", "embeddings"):
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize("texture", [False, True])
+def test_scores_do_not_move_with_the_default_device(texture):
+    """Of a model that is elsewhere; `meta` has no values that could be copied."""
+    several = [tiny_model(**TEXTURE if texture else {}) for _ in range(2)]
+    pixels = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    expected = several[0](pixels)
+    texture_protoleak._patterns_of_cells.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        found = several[1](pixels)
+    finally:
+        torch.set_default_device(None)
+    for name in ("logits", "embeddings"):
+        assert torch.equal(found[name], expected[name])
