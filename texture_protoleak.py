@@ -291,8 +291,8 @@ def ternary_patterns(plane: torch.Tensor) -> torch.Tensor:
     plane, described = plane / THRESHOLD, []
     for radius in RADII:
         height, width = (size - 2 * radius for size in plane.shape[1:])
-        middle = torch.full((2, len(plane), height, width), 3**4 // 2, dtype=torch.int8, device=plane.device)
-        halves = middle.to(plane.device)  # four signs each
+        shape = 2, len(plane), height, width
+        halves = torch.full(shape, 3**4 // 2, dtype=torch.int8, device=plane.device)  # four signs each
         for place in NOT_ABOVE:
             down, right = (radius * step for step in RING[place])
             signs, left = _signs(plane, down, right), max(0, -right)
