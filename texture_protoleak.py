@@ -418,8 +418,8 @@ class PrincipalPlane(nn.Module):
         variances, vectors = torch.linalg.eigh(between)
         mixture = vectors[:, -1] / variances[-1].sqrt()
         mixture = mixture * mixture[mixture.abs().argmax()].sign()  # its sign is made the same everywhere
-        places = torch.eye(places, dtype=mixture.dtype, device=mixture.device)
-        mix = torch.kron(mixture[None], places)  # (p^2, C)
+        apart = torch.eye(places, dtype=mixture.dtype, device=mixture.device)
+        mix = torch.kron(mixture[None], apart)  # (p^2, C)
         self.readout.copy_(mix @ torch.linalg.inv(whitening))
         self.offset.copy_(mix @ mean)
 

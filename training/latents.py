@@ -94,9 +94,9 @@ class LatentDataset(torch.utils.data.Dataset):
     def lacks(self) -> np.ndarray:
         """What each image lacks for an attribution, (num_images,): see `evidence_protoleak.py`."""
         size = math.prod(self.shape) * ITEM_SIZE
-        counts = [min(self.shard_size, len(self) - start) for start in range(0, len(self), self.shard_size)]
-        parts = [np.fromfile(f, np.uint8, offset=n * size) for f, n in zip(self.files, counts, strict=False)]
-        return np.concatenate([np.empty(0, np.uint8), *parts])
+        counts = [file.stat().st_size // (size + 1) for file in self.files]
+        parts = [np.fromfile(f, np.uint8, offset=n * size) for f, n in zip(self.files, counts, strict=True)]
+        return np.concatenate(parts)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         shard, place = divmod(range(len(self))[index], self.shard_size)
@@ -222,14 +222,14 @@ class LatentCache:
         )
 
         def write(partial: Path) -> None:
-            lacks = []
+            lacks = bytearray()
             with bar, partial.open("wb") as file:
                 for batch in rows.select_columns("image").iter(self.batch_size):
                     encoded, lacking = self._encode_batch(batch["image"], view)
                     file.write(encoded.tobytes())
-                    lacks.append(lacking)
+                    lacks += lacking.astype(np.uint8).tobytes()
                     bar.update(len(batch["image"]))
-                file.write(np.concatenate(lacks or [np.empty(0)]).astype(np.uint8).tobytes())
+                file.write(lacks)
 
         write_whole(path, write)
 
