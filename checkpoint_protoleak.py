@@ -263,14 +263,15 @@ def make_alphas_cumprod(config: ProtoLeakConfig) -> torch.Tensor:
     (2020), their roots so spaced (Rombach et al. 2022), or by the cosine of Nichol and Dhariwal (2021).
     """
     steps, first, last = config.num_train_timesteps, config.beta_start, config.beta_end
+    options = {"device": "cpu", "dtype": torch.float32}  # whatever a program's defaults are
     if config.beta_schedule == "squaredcos_cap_v2":
         left = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
         betas = [min(1 - after / before, 0.999) for before, after in pairwise(left)]
-        betas = torch.tensor(betas, dtype=torch.float32)
+        betas = torch.tensor(betas, **options)
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(first, last, steps, dtype=torch.float32)
+        betas = torch.linspace(first, last, steps, **options)
     else:
-        betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float32) ** 2
+        betas = torch.linspace(first**0.5, last**0.5, steps, **options) ** 2
     return (1 - betas).cumprod(dim=0)
 
 

@@ -200,17 +200,21 @@ def test_scores_do_not_move_with_the_default_dtype(fitted_model):
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # a default device is of one thread alone
 @pytest.mark.parametrize("texture", [False, True])
-def test_scores_do_not_move_with_the_default_device(texture):
+def test_scores_do_not_move_with_the_default_device(texture, threads):
     """Of a model that is elsewhere; `meta` has no values that could be copied."""
     several = [tiny_model(**TEXTURE if texture else {}) for _ in range(2)]
     pixels = torch.rand(2, 3, 3, 32, 32) * 2 - 1
-    expected = several[0](pixels)
-    texture_protoleak._patterns_of_cells.cache_clear()
-    torch.set_default_device("meta")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
+        expected = several[0](pixels)
+        texture_protoleak._patterns_of_cells.cache_clear()
+        torch.set_default_device("meta")
         found = several[1](pixels)
     finally:
         torch.set_default_device(None)
+        torch.set_num_threads(before)
     for name in ("logits", "embeddings"):
         assert torch.equal(found[name], expected[name])
