@@ -75,7 +75,7 @@ class PictureStatistics(nn.Module):
         """(N, 3, h, w), in [-1, 1] -> (N, NUM_PICTURE_STATISTICS)"""
         found = found * (127.5 / 128) + 0.5 / 128  # as its training had them
         found = found.contiguous(memory_format=torch.channels_last)  # half the time of a CPU
-        found = F.relu6(self.stem(padded(found, 3, 2)))
+        found = convolved(found, self.stem).clamp_(0, 6)
         first, described = len(self.blocks) - sum(stage[-1] for stage in STAGES[-DESCRIBED:]), []
         for place, block in enumerate(self.blocks):
             found = block(found)
@@ -94,28 +94,25 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
         width = inputs * expansion
-        self.kernel, self.stride, self.is_residual = kernel, stride, stride == 1 and inputs == outputs
+        self.is_residual = stride == 1 and inputs == outputs
         self.expand = nn.Conv2d(inputs, width, 1) if expansion > 1 else None
-        own_padding = kernel // 2 if stride == 1 else 0  # without a copy of what is wide
-        self.depthwise = nn.Conv2d(width, width, kernel, stride, own_padding, groups=width)
+        self.depthwise = nn.Conv2d(width, width, kernel, stride, groups=width)
         self.project = nn.Conv2d(width, outputs, 1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride)"""
-        wide = inputs if self.expand is None else F.relu6(self.expand(inputs))
-        wide = wide if self.stride == 1 else padded(wide, self.kernel, self.stride)
-        wide = F.relu6(self.depthwise(wide))
-        narrow = self.project(wide)
+        wide = inputs if self.expand is None else self.expand(inputs).clamp_(0, 6)
+        narrow = self.project(convolved(wide, self.depthwise).clamp_(0, 6))
         return inputs + narrow if self.is_residual else narrow
 
 
-def padded(plane: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
+def convolved(plane: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
     """
-    Zeros around, so that a convolution gives H / stride and W / stride, rounded up; where their number is
-    odd, one less above and at the left, as TensorFlow has it.
+    With zeros around, so that it gives H / stride and W / stride, rounded up; where their number is odd, one
+    less above and at the left, as TensorFlow has it. As many are added on each side, without a copy of what
+    is wide, and where they are one too many above, a kernel begins with zeros.
     """
-    sides = []
-    for size in (plane.shape[3], plane.shape[2]):
-        total = max(kernel - (size % stride or stride), 0)
-        sides += [total // 2, total - total // 2]
-    return F.pad(plane, sides)
+    side, stride = layer.kernel_size[0], layer.stride[0]
+    above, left = (int(stride == 2 and size % 2 == 0) for size in plane.shape[2:])
+    kernel = F.pad(layer.weight, [left, 0, above, 0])
+    return F.conv2d(plane, kernel, layer.bias, stride, side // 2, groups=layer.groups)

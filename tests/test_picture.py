@@ -7,7 +7,7 @@ import pytest
 import torch
 from protoleak import ProtoLeakForImageAttribution, ProtoLeakImageProcessor, checkpoint_protoleak
 from protoleak.checkpoint_protoleak import LICENCE, PICTURE
-from protoleak.picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics, padded
+from protoleak.picture_protoleak import NUM_PICTURE_STATISTICS, PictureStatistics, convolved
 from protoleak.training.arguments import TrainingArguments
 from protoleak.training.initialisation import make_model
 from safetensors.torch import load_file, save_file
@@ -51,18 +51,20 @@ def test_statistics_are_means_and_deviations_of_the_last_blocks(side):
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(
-    ("size", "kernel", "stride", "expected"),
-    [(8, 3, 2, 4), (7, 3, 2, 4), (7, 5, 2, 4), (8, 5, 1, 8), (1, 5, 2, 1)],
-)
-def test_padding_keeps_what_a_stride_leaves(size, kernel, stride, expected):
-    plane = padded(torch.ones(1, 1, size, size), kernel, stride)
-    convolved = nn.functional.conv2d(plane, torch.ones(1, 1, kernel, kernel), stride=stride)
-    assert convolved.shape == (1, 1, expected, expected)
-
-
-def test_of_an_even_size_the_odd_zero_comes_after():
-    assert padded(torch.ones(1, 1, 2, 2), 3, 2).tolist() == [[[[1, 1, 0], [1, 1, 0], [0, 0, 0]]]]
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (8, 7), (5, 6), (2, 2), (1, 1)])
+def test_a_convolution_is_padded_as_tensorflow_does(size, kernel, stride):
+    """Rows and columns of zeros, one more below and at the right where their number is odd ("SAME")."""
+    layer = nn.Conv2d(4, 4, kernel, stride, groups=4)
+    plane = torch.rand(2, 4, *size)
+    totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in reversed(size)]
+    sides = [side for total in totals for side in (total // 2, total - total // 2)]
+    expected = layer(nn.functional.pad(plane, sides))
+    found = convolved(plane, layer)
+    assert found.shape[2:] == tuple(-(-n // stride) for n in size)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
