@@ -62,7 +62,8 @@ def roughness(pixels: np.ndarray) -> float:
     """
     x = pixels.astype(np.int16)
     around = x[1:-1, 2:] + x[1:-1, :-2] + x[2:, 1:-1] + x[:-2, 1:-1]
-    return float((np.abs(around - 4 * x[1:-1, 1:-1]) >= 4 * STEP).any(axis=2).mean())
+    red, green, blue = (np.abs(around - 4 * x[1:-1, 1:-1]) >= 4 * STEP).transpose(2, 0, 1)
+    return float((red | green | blue).mean())
 
 
 def layout(pixels: np.ndarray) -> float:
@@ -71,7 +72,8 @@ def layout(pixels: np.ndarray) -> float:
     is shown somewhere. (H, W, 3) uint8.
     """
     height, width = (n - n % BLOCK for n in pixels.shape[:2])
-    x = pixels[:height, :width].astype(np.float32)
-    blocks = x.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK, 3).mean(axis=(1, 3))
-    total = x.var(axis=(0, 1)).sum()
-    return float(blocks.var(axis=(0, 1)).sum() / total) if total > 0 else 0.0
+    planes = pixels[:height, :width].transpose(2, 0, 1).astype(np.float32, order="C")
+    rows = planes.reshape(3, height // BLOCK, BLOCK, width).mean(axis=2)
+    blocks = rows.reshape(3, height // BLOCK, width // BLOCK, BLOCK).mean(axis=3)
+    total = planes.var(axis=(1, 2)).sum()
+    return float(blocks.var(axis=(1, 2)).sum() / total) if total > 0 else 0.0

@@ -69,7 +69,13 @@ class PictureStatistics(nn.Module):
             (N, NUM_PICTURE_STATISTICS), float32: of each described block the channels' means, then their
             standard deviations.
         """
-        return self._describe(F.avg_pool2d(self.picture(latents), HALVED))
+        if self.patch_size % HALVED:
+            return self._describe(F.avg_pool2d(self.picture(latents), HALVED))
+        # the average is read from latents itself: (3 p^2, C) -> (3 (p / 2)^2, C)
+        shape = COLOURS, self.patch_size, self.patch_size
+        readout = F.avg_pool2d(self.readout.T.unflatten(1, shape), HALVED).flatten(1).T
+        offset = F.avg_pool2d(self.offset.unflatten(0, shape), HALVED).flatten()
+        return self._describe(lay_out(latents, readout, offset, self.patch_size // HALVED))
 
     def _describe(self, found: torch.Tensor) -> torch.Tensor:
         """(N, 3, h, w), in [-1, 1] -> (N, NUM_PICTURE_STATISTICS)"""

@@ -204,8 +204,8 @@ class LatentWhitening(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, C, H, W)"""
-        centred = latents - self.mean[:, None, None]
-        return torch.einsum("kc,nchw->nkhw", self.matrix, centred)
+        rotated = self.matrix @ latents.flatten(2)
+        return rotated.sub_((self.matrix @ self.mean)[:, None]).view_as(latents)
 
 
 def shrunk(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
