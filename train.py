@@ -173,8 +173,8 @@ def summarise(
 ) -> dict[str, Any]:  # fmt: skip
     """All metrics of the finished model on test, cross and unknown images, and the history of the run."""
     names = splits["unknown"]["label"] if "unknown" in splits else None
-    options = {"unknown_names": names, "resamples": arguments.bootstrap_resamples, "unknown": None}
-    evaluation = evaluate_model(model, accelerator=accelerator, **options | data.evaluated)
+    resamples = arguments.bootstrap_resamples
+    evaluation = evaluate_model(model, data.evaluated, accelerator, names, resamples=resamples)
     evaluation.note_sources(splits)
     return {
         "dataset": " and ".join(arguments.data_titles),

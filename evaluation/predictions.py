@@ -14,7 +14,7 @@ from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..processes import join_processes
 from ..training.latents import LatentCache, LatentDataset
 from .columns import Columns
-from .splits import held_out_images
+from .splits import TEST_SPLITS, held_out_images
 
 ORIGINS = ("camera", "generated", "can't tell")  # what a record's `origin` may be
 
@@ -156,7 +156,10 @@ def predict_splits(
 
 @dataclass
 class Subject:
-    """A checkpoint and the images that it is measured on: `test`, and `cross` and `unknown` if any."""
+    """
+    A checkpoint and the images that it is measured on: one of `TEST_SPLITS` or both, the first of them
+    `main`, and `unknown` if any.
+    """
 
     model: ProtoLeakForImageAttribution
     processor: ProtoLeakImageProcessor
@@ -175,7 +178,7 @@ class Subject:
         """
         Args:
             checkpoint (`str`): Folder or Hub id.
-            dataset (`str`): Whose splits test and, where there are such, cross and unknown are looked at.
+            dataset (`str`): Whose images are looked at, see [`held_out_images`].
             unknown (`str`, *optional*): More images by generators that the model doesn't know.
             columns ([`Columns`]), config_name (`str`, *optional*): Of the data set, see [`load_splits`].
 
@@ -191,6 +194,10 @@ class Subject:
         join_processes()
         accelerator = Accelerator()
         return cls(model.to(accelerator.device), processor, splits, accelerator)
+
+    @property
+    def main(self) -> str:
+        return next(split for split in TEST_SPLITS if split in self.splits)
 
     def cache(self) -> LatentCache:
         """Of the latents of its images."""

@@ -15,7 +15,7 @@ from ..training.latents import LatentDataset
 from .metrics import RESAMPLES, Metrics, bootstrap, compute_metrics, quantiles, real_scores, reliability
 from .predictions import Predictions, Subject, predict
 from .shortcuts import find_shortcuts
-from .splits import CROSS, count_sources
+from .splits import TEST_SPLITS, count_sources
 from .verdicts import (
     REAL,
     count_origins,
@@ -25,7 +25,6 @@ from .verdicts import (
     verdict_counts,
 )
 
-TEST_SPLITS = ("test", CROSS)  # images of known classes: from the sources of training, and from other ones
 OVER_NOISE = ("macro_auc", "accuracy", "real_auroc", "auroc", "false_unknown_rate")
 OF_UNKNOWN = ("unknown_rejected", "unknown_called_camera")  # which no image of a known class changes
 
@@ -168,19 +167,19 @@ def evaluate_splits(
     one; the later one is compared with the first.
     """
     unknown, levels = parts.get("unknown"), (alpha, camera_alpha)
-    splits, main_draws = {}, {}
+    splits, main_draws, main = {}, {}, None
     for stream, name in enumerate(TEST_SPLITS):
         if name not in parts:
             continue
         draws = bootstrap(parts[name], unknown, label_names, *levels, resamples, stream)
         split = _evaluate_split(parts[name], unknown, label_names, levels, unknown_names, draws)
         if splits:
-            common = parts["test"].take(np.isin(parts["test"].labels, np.unique(parts[name].labels)))
-            if len(common) < len(parts["test"]):
+            common = main.take(np.isin(main.labels, np.unique(parts[name].labels)))
+            if len(common) < len(main):
                 main_draws = bootstrap(common, unknown, label_names, *levels, resamples)
             split.same_classes = compute_metrics(common, unknown, label_names, *levels)
             split.gap = _gap(split, draws, main_draws)
-        splits[name], main_draws = split, draws
+        splits[name], main_draws, main = split, draws, parts[name]
     return splits
 
 
@@ -291,30 +290,26 @@ def _per_unknown(
 
 def evaluate_model(
     model,
-    test: LatentDataset,
-    unknown: LatentDataset | None,
+    data: Mapping[str, LatentDataset],
     accelerator: Accelerator,
     unknown_names: list[str] | None = None,
     noise_seeds: int = 3,
     resamples: int = RESAMPLES,
-    cross: LatentDataset | None = None,
 ) -> Evaluation:
     """
     Everything that is to be known of a checkpoint.
 
     Args:
         model ([`ProtoLeakForImageAttribution`]): With a detector.
-        test, unknown: Latents, and labels 0..K-1 of known classes.
+        data (`dict[str, LatentDataset]`): One of `TEST_SPLITS` or both, with labels 0..K-1 of known classes,
+            and perhaps `unknown`.
         unknown_names (`list[str]`, *optional*): Of each unknown image, its generator.
         noise_seeds (`int`): How many draws of the evaluation noise the main metrics are given for.
         resamples (`int`): Of the bootstrap.
-        cross (*optional*): As `test`, of images from other sources.
     """
     config = model.config
     noise_seeds = 1 if model.takes_features else noise_seeds  # features hold the noise they were pooled with
-    given = {"test": test, CROSS: cross, "unknown": unknown}
-    data = {name: latents for name, latents in given.items() if latents is not None}
-    compared = unknown is not None
+    compared = "unknown" in data
     parts = {name: predict(model, latents, accelerator, compared) for name, latents in data.items()}
     levels = (config.alpha, config.camera_alpha)
     splits = evaluate_splits(parts, config.label_names, *levels, unknown_names, resamples)
@@ -341,13 +336,10 @@ def evaluate_subject(subject: Subject, noise_seeds: int = 3, normalise_format: b
     cache = subject.cache()
     data = {name: cache.encode_held_out(part) for name, part in rows.items()}
     names = rows["unknown"]["label"] if "unknown" in rows else None
-    latents = (data["test"], data.get("unknown"))
-    evaluation = evaluate_model(
-        subject.model, *latents, subject.accelerator, names, noise_seeds, cross=data.get(CROSS)
-    )
+    evaluation = evaluate_model(subject.model, data, subject.accelerator, names, noise_seeds)
     evaluation.note_sources(rows)
     normalised = processor.jpeg_quality is not None
-    evaluation.main.format_bias = find_shortcuts(rows["test"], normalised).get("files")
+    evaluation.main.format_bias = find_shortcuts(rows[subject.main], normalised).get("files")
     return evaluation
 
 

@@ -47,6 +47,7 @@ ROBUSTNESS_TITLES = {
     "auroc": "open-set AUROC",
     "false_unknown_rate": "known called unknown",
     "unknown_rejected": "unknown called unknown",
+    "no_evidence": "no evidence",
     "stability": "verdict kept",
 }
 
@@ -90,8 +91,11 @@ def format_report(evaluation: Evaluation) -> str:
 
 
 def _images_sentence(splits: Mapping[str, SplitEvaluation]) -> str:
-    (_, main), *others = splits.items()
-    parts = [f"{main.num_test} test images of known classes{_from_sources(main, '')}"]
+    (first, main), *others = splits.items()
+    seen, known = len(main.per_class), len(main.confusion)
+    of_them = "known classes" if seen == known else f"{seen} of {known} known classes"
+    sources = _from_sources(main, "" if first == "test" else "other ")
+    parts = [f"{main.num_test} test images of {of_them}{sources}"]
     for name, split in others:
         share = f"{len(split.per_class)} of {len(main.per_class)} classes"
         parts.append(f"{split.num_test} of {share}{_from_sources(split, 'other ')} ({name})")
@@ -104,13 +108,15 @@ def _from_sources(split: SplitEvaluation, other: str) -> str:
 
 def _notes(splits: Mapping[str, SplitEvaluation]) -> list[str]:
     """What a reader must know of the columns."""
-    (_, main), *others = splits.items()
-    if not others and main.num_sources is not None:
-        return [
-            "The test images are from sources that training saw, and the data set has no split `cross`: what "
-            "the figures are on other sources is not known."
-        ]
+    (first, main), *others = splits.items()
     notes = []
+    if len(main.per_class) < len(main.confusion):
+        notes.append("Averages are over the classes that occur; a model may call an image any that it knows.")
+    if not others and first == "test" and main.num_sources is not None:
+        notes.append(
+            "The data set has no split `cross`: where training saw the sources of these images, what the "
+            "figures are on other sources is not known."
+        )
     for name, split in others:
         note = f"The gap is {name} less test"
         if len(split.per_class) < len(main.per_class):

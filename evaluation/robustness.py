@@ -15,18 +15,18 @@ ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "u
 
 def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     """
-    The test and unknown images of a subject, post-processed in each way in turn.
+    The images of a subject's main split, and its unknown ones, post-processed in each way in turn.
 
     Args:
         quick (`bool`): Every fourth image, and the middle strength of each operator alone.
 
     Returns:
         A row for each operator and strength, the untouched images first: `operator`, `strength`, those of
-        `ROBUSTNESS_METRICS` that there are, and `stability`, the share of all images whose verdict is that of
-        the untouched image.
+        `ROBUSTNESS_METRICS` that there are, `no_evidence`, the share of all images that are refused, and
+        `stability`, of those whose verdict is that of the untouched image.
     """
     model, accelerator = subject.model, subject.accelerator
-    rows = {split: subject.splits[split] for split in ("test", "unknown") if split in subject.splits}
+    rows = {split: subject.splits[split] for split in (subject.main, "unknown") if split in subject.splits}
     names, alpha = model.config.label_names, model.config.alpha
     if quick:
         rows = {split: part.select(range(0, len(part), 4)) for split, part in rows.items()}
@@ -40,11 +40,12 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
             split: predict(model, of_views[view], accelerator, statistics=False)
             for split, of_views in encoded.items()
         }
-        metrics = compute_metrics(parts["test"], parts.get("unknown"), names, alpha)
+        metrics = compute_metrics(parts[subject.main], parts.get("unknown"), names, alpha)
         verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
         untouched = verdicts if untouched is None else untouched
         row = {"operator": view.operator or "none", "strength": view.strength}
         row |= {name: metrics[name] for name in ROBUSTNESS_METRICS if name in metrics}
+        row["no_evidence"] = float((verdicts == len(names) + 1).mean())
         table.append(row | {"stability": float((verdicts == untouched).mean())})
     return table
 

@@ -18,6 +18,7 @@ from .columns import SOURCE, Columns, normalise
 
 GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these never go to different splits
 CROSS = "cross"  # the split of known classes from sources that training never sees
+TEST_SPLITS = ("test", CROSS)  # images of known classes: from the sources of training, and from other ones
 UNKNOWN = "unknown"  # the split of generators that training never sees, and what a verdict calls their images
 FEWEST = {"train": 2, "validation": 1, "test": 1}  # images that a class needs in each split
 # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
@@ -62,7 +63,14 @@ def load_splits(
             class that train lacks, or a source that its class has in train or validation.
     """
     names = [name] if isinstance(name, str) else list(name)
-    parts = [_load(part, seed, columns, config_name, screen) for part in names]
+    return _for_training([_read(part, columns, config_name) for part in names], names, seed, columns, screen)
+
+
+def _for_training(
+    parts: Sequence[Splits], names: Sequence[str], seed: int, columns: Columns, screen: Callable | None = None
+) -> Splits:
+    """What [`load_splits`] gives, from the splits that data sets have."""
+    parts = [_with_held_out(part, name, seed, screen) for part, name in zip(parts, names, strict=True)]
     if columns.source != SOURCE and not any(SOURCE in part["train"].column_names for part in parts):
         raise ValueError(f"{', '.join(names)} has no column {columns.source!r} that tells the sources")
     splits = parts[0] if len(parts) == 1 else _joined(parts, names)
@@ -141,6 +149,7 @@ def _check_cross(splits: DatasetDict, known: set[str], name: str) -> None:
     cross = splits[CROSS]
     if extra := set(cross["label"]) - known:
         raise ValueError(f"{name}: {CROSS!r} must have classes of train alone; it also has {sorted(extra)}")
+    _check_compared(cross["label"], CROSS, name)
     if SOURCE not in cross.column_names:
         return
     of_class = set(zip(cross["label"], cross[SOURCE], strict=True))
@@ -152,15 +161,8 @@ def _check_cross(splits: DatasetDict, known: set[str], name: str) -> None:
             )
 
 
-def _load(
-    name: str,
-    seed: int,
-    columns: Columns,
-    config_name: str | None,
-    screen: Callable[[str, Dataset], Dataset] | None,
-) -> Splits:
+def _with_held_out(splits: Splits, name: str, seed: int, screen: Callable | None) -> Splits:
     """One data set with train, validation, test and perhaps cross and unknown."""
-    splits = _read(name, columns, config_name)
     if "train" not in splits:
         raise ValueError(f"{name} has splits {sorted(splits)}, but training needs one called 'train'")
     if screen is not None:
@@ -194,29 +196,62 @@ def held_out_images(
     config_name: str | None = None,
 ) -> DatasetDict:
     """
-    What a model of these classes is measured on: the splits `test` and, where there is one, `cross` of a data
-    set, and `unknown`, its own unknown split and the images of another data set, where there are any.
+    What a model of these classes is measured on: the splits `test` and `cross` of a data set, and `unknown`,
+    its own unknown split and the images of another data set, where there are any. A data set with a split
+    `train` is taken as training takes it, one without as it is; it need not show all of the classes.
 
     Raises:
-        ValueError: the test split has other classes, or an unknown image is of a known one.
+        ValueError: the data set has neither split, or one shows fewer than two classes, or some that the
+            model does not know, or that `test` lacks; or an unknown image is of a class that it knows.
     """
-    available, known = load_splits(name, columns=columns, config_name=config_name), set(label_names)
-    splits = DatasetDict({split: available[split] for split in ("test", CROSS) if split in available})
-    parts = [available["unknown"]] if "unknown" in available else []
+    available, known = _read(name, columns, config_name), set(label_names)
+    if "train" in available:
+        available = _for_training([available], [name], 0, columns)
+    splits = DatasetDict({split: available[split] for split in TEST_SPLITS if split in available})
+    if not splits:
+        raise ValueError(
+            f"{name} has splits {sorted(available)}; to be measured on, it needs 'test' or 'cross', or "
+            f"'train' to cut one from"
+        )
+    parts = [available[UNKNOWN]] if UNKNOWN in available else []
     if unknown:
         parts.append(load_unknown(unknown))
     if parts:
-        columns = [rows.select_columns(["image", "label"]) for rows in parts]
-        splits["unknown"] = datasets.concatenate_datasets(columns)
-    if differing := known ^ set(splits["test"]["label"]):
+        rows = [part.select_columns(["image", "label"]) for part in parts]
+        splits[UNKNOWN] = datasets.concatenate_datasets(rows)
+    for split in splits:
+        _check_measured(splits[split]["label"], known, split, name)
+    if len(both := [splits[split]["label"] for split in TEST_SPLITS if split in splits]) == 2 and (
+        extra := set(both[1]) - set(both[0])
+    ):
         raise ValueError(
-            f"{name} and the model must have the same classes; they differ by {sorted(differing)}"
-        )
-    if parts and (both := known & set(splits["unknown"]["label"])):
-        raise ValueError(
-            f"unknown images must be by generators that the model does not know; got {sorted(both)}"
+            f"{name}: {CROSS!r} is compared with 'test', which lacks classes that it has: {sorted(extra)}. "
+            f"Measure on each alone, as data sets of their own"
         )
     return splits
+
+
+def _check_measured(labels: Sequence[str], known: set[str], split: str, name: str) -> None:
+    """That a split has images of classes that a model knows, or, if they are to be unknown, of others."""
+    seen = set(labels)
+    if split == UNKNOWN:
+        if both := known & seen:
+            raise ValueError(
+                f"unknown images must be by generators that the model does not know; got {sorted(both)}"
+            )
+    elif strange := seen - known:
+        raise ValueError(
+            f"{name}, split {split!r}, has classes that the model does not know: {sorted(strange)}. Put "
+            f"their images into a split {UNKNOWN!r}, or name their folder as unknown images; it knows "
+            f"{sorted(known)}"
+        )
+    else:
+        _check_compared(labels, split, name)
+
+
+def _check_compared(labels: Sequence[str], split: str, name: str) -> None:
+    if (count := len(set(labels))) < 2:
+        raise ValueError(f"{name}, split {split!r}, has images of {count} class; metrics compare two or more")
 
 
 def _read(
@@ -233,7 +268,7 @@ def _read(
     elif (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
         raw = datasets.load_from_disk(name)  # what `save_to_disk` wrote
         raw = raw if isinstance(raw, DatasetDict) else DatasetDict(train=raw)
-    elif (folder / "train").is_dir() and not card:
+    elif any((folder / split).is_dir() for split in ("train", *TEST_SPLITS)) and not card:
         # `datasets` would pass over a folder of another name than its usual splits, such as unknown
         folders = {p.name: str(p / "**") for p in folder.iterdir() if p.is_dir()}
         raw = _load_dataset(name, "imagefolder", data_files=folders)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -302,14 +303,53 @@ def test_evaluate_shows_same_and_other_sources(trained, tmp_path, capsys):
     assert (tmp_path / "out/figures/confusion_cross.png").exists()
 
 
-def test_what_cannot_be_evaluated_is_named(trained, folder, capsys):
+@pytest.mark.parametrize("split", ["test", "cross"])
+def test_a_folder_of_test_images_alone_is_looked_at_whole(trained, folder, tmp_path, capsys, split):
+    """Of some of the classes, with strangers, as one who did not train the model has them."""
+    mine = tmp_path / "mine"
+    shutil.copytree(folder / "test", mine / split)
+    shutil.rmtree(mine / split / "real")
+    shutil.copytree(folder / "unknown", mine / "unknown")
+    options = ["--model", str(trained.checkpoint), "--dataset", str(mine)]
+    assert main(["evaluate", *options, "--noise_seeds", "1", "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("16 test images of 2 of 3 known classes, 8 by unknown generators")
+    found = Evaluation.from_dict(json.loads((tmp_path / "out/evaluation.json").read_text()))
+    [(name, measured)], known = found.splits.items(), trained.summary["splits"]["test"]
+    assert name == split
+    assert {label: row["recall"] for label, row in measured.per_class.items()} == {
+        label: known["per_class"][label]["recall"] for label in ("a", "b")
+    }
+    assert measured.metrics["unknown_rejected"] == known["metrics"]["unknown_rejected"]
+    assert main(["robustness", *options, "--quick"]) == 0
+    assert "| none |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_named(trained, folder, tmp_path, capsys):
     options = ["evaluate", "--model", str(trained.checkpoint), "--dataset", str(folder)]
     assert main([*options, "--unknown", str(folder / "test")]) == 2
     assert "does not know" in capsys.readouterr().err
     for split in ("train", "validation", "test"):
         (folder / split / "a").rename(folder / split / "other")
     assert main(options) == 2
-    assert "['a', 'other']" in capsys.readouterr().err
+    assert "'test', has classes that the model does not know: ['other']. Put" in capsys.readouterr().err
+    for split in ("train", "validation"):
+        shutil.rmtree(folder / split)
+    (folder / "test/other").rename(folder / "test/a")
+    shutil.copytree(folder / "test", folder / "cross")
+    shutil.rmtree(folder / "test/a")
+    assert main(options) == 2
+    assert (
+        "'cross' is compared with 'test', which lacks classes that it has: ['a']" in capsys.readouterr().err
+    )
+    shutil.rmtree(folder / "cross/a")
+    shutil.rmtree(folder / "cross/real")
+    assert main(options) == 2
+    assert "'cross', has images of 1 class" in capsys.readouterr().err
+    shutil.rmtree(folder / "cross")
+    (folder / "test").rename(folder / "validation")
+    assert main(options) == 2
+    assert "needs 'test' or 'cross', or 'train' to cut one from" in capsys.readouterr().err
 
 
 def test_formats_that_give_the_class_away_are_noticed(tmp_path):

@@ -82,7 +82,7 @@ def write_sources(target, column="source", **changes):
         "train": [("real", "s1"), ("real", "s2"), ("a", "s1"), ("a", "s3")],
         "validation": [("real", "s1"), ("a", "s3")],
         "test": [("real", "s2"), ("a", "s1")],
-        "cross": [("a", "s2"), ("a", "s4")],  # s2 holds photographs in training, and no image of a
+        "cross": [("a", "s2"), ("real", "s4")],  # s2 holds photographs in training, and no image of a
     }
     target.mkdir()
     for split, pairs in (rows | changes).items():
@@ -111,7 +111,11 @@ def test_sources_and_the_split_of_other_ones_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("cross", "message"),
-    [([("b", "s9")], r"has \['b'\]"), ([("a", "s3")], r"both have \[\('a', 's3'\)\]")],
+    [
+        ([("b", "s9")], r"has \['b'\]"),
+        ([("a", "s3"), ("real", "s4")], r"both have \[\('a', 's3'\)\]"),
+        ([("a", "s2"), ("a", "s4")], "'cross', has images of 1 class"),
+    ],
 )
 def test_a_split_of_other_sources_that_is_none_is_refused(tmp_path, cross, message):
     with pytest.raises(ValueError, match=message):
