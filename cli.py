@@ -249,7 +249,7 @@ def _attribute_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--table", help="also write a table at the end, .csv or .parquet")
     what = "also tell whether each verdict holds when the image is saved again; four times the work"
     command.add_argument("--stability", action="store_true", help=what)
-    command.add_argument("--batch_size", type=_count, default=16, help="images at a time")
+    command.add_argument("--batch_size", type=_count, default=8, help="images at a time")
     command.add_argument("--workers", type=_count, default=2, help="threads that read images")
 
 

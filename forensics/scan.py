@@ -125,11 +125,10 @@ class Attributor:
         except (OSError, ValueError, MemoryError) as error:
             return row | {"error": str(error) or type(error).__name__}, []
 
-    @torch.inference_mode()
     def records(
         self,
         files: "Iterable[Path | Row]",
-        batch_size: int = 16,
+        batch_size: int = 8,
         workers: int = 2,
         done: Collection[tuple[str, str]] = (),
     ) -> Iterator[dict[str, Any]]:
@@ -145,25 +144,43 @@ class Attributor:
 
         Args:
             files: Images, paths or rows of a data set.
-            batch_size (`int`): Images that go through the model together.
+            batch_size (`int`): Images that go through the model at a time, all threads' together.
             workers (`int`): Threads that read and decode.
             done (`Collection[tuple[str, str]]`): `file` and sha256 of those to pass over.
         """
-        ahead = batch_size * min(workers, 2)
-        read = prefetched(partial(self.read, done=done), files, workers, ahead)
-        while batch := list(islice(read, batch_size)):
-            pixels = [values for _, several in batch for values in several]
-            verdicts: Iterator[dict[str, Any]] = iter(())
-            if pixels:
-                crops, lacks = zip(*pixels, strict=True)
-                pixel_values = torch.from_numpy(stack_crops(crops)).to(self.network.device)
-                output = self.network(pixel_values, return_dict=True)
-                verdicts = iter(records_of(output, self.network.config, no_evidence=lacks))
-            for row, several in batch:
-                if not several and row["error"] is None:
-                    continue
+        read = prefetched(partial(self.read, done=done), files, workers, batch_size * min(workers, 2))
+        # threads that compute on images of their own keep a CPU busier than all of them on the same ones
+        threads = torch.get_num_threads()
+        several = min(threads, batch_size) if self.network.device.type == "cpu" else 1
+        share = batch_size // several
+        batches = iter(lambda: list(islice(read, share)), [])
+        first = next(batches, [])
+        if len(first) < share:  # there are no more
+            yield from self._attribute(first)
+            return
+        own = partial(torch.set_num_threads, threads // several)
+        try:
+            for records in prefetched(self._attribute, chain([first], batches), several, several, own):
+                yield from records
+        finally:
+            torch.set_num_threads(threads)  # where threads share one setting
+
+    @torch.inference_mode()
+    def _attribute(self, batch: list[tuple[dict[str, Any], list]]) -> list[dict[str, Any]]:
+        """The records of what [`~Attributor.read`] gave of several files, without those that are done."""
+        verdicts: Iterator[dict[str, Any]] = iter(())
+        if pixels := [values for _, several in batch for values in several]:
+            crops, lacks = zip(*pixels, strict=True)
+            pixel_values = torch.from_numpy(stack_crops(crops)).to(self.network.device)
+            output = self.network(pixel_values, return_dict=True)
+            verdicts = iter(records_of(output, self.network.config, no_evidence=lacks))
+        records = []
+        for row, several in batch:
+            if several or row["error"] is not None:
                 record = (self._stable(*islice(verdicts, len(several))) if several else self._blank()) | row
-                yield record | {"contradiction": contradiction(record["origin"], record["provenance"])}
+                told = {"contradiction": contradiction(record["origin"], record["provenance"])}
+                records.append(record | told)
+        return records
 
     def _stable(self, record: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
         return with_stability(record, list(others)) if others else record
@@ -173,10 +190,15 @@ class Attributor:
         return dict.fromkeys((*RECORD_FIELDS, "stability") if self.stability else RECORD_FIELDS)
 
 
-def prefetched(function: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
-    """`map(function, items)` by threads, at most `ahead` results in advance of what was taken."""
+def prefetched(
+    function: Callable, items: Iterable, workers: int, ahead: int, initializer: Callable | None = None
+) -> Iterator:
+    """
+    `map(function, items)` by threads, each of which begins with `initializer`, at most `ahead` results in
+    advance of what was taken.
+    """
     items = iter(items)
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=initializer)
     try:
         waiting = deque(pool.submit(function, item) for item in islice(items, ahead))
         while waiting:
@@ -209,7 +231,7 @@ def scan(
     paths: "list[str] | Iterator[Path] | Dataset | IterableDataset",
     output: str | os.PathLike | None = None,
     resume: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 8,
     workers: int = 2,
     on_record: Callable[[dict[str, Any]], None] = lambda record: None,
     quiet: bool = False,

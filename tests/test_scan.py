@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
 from PIL import Image
 from protoleak.cli import main
@@ -120,6 +121,34 @@ def test_records_come_before_all_is_read():
     assert len(read) <= 15
     results.close()
     assert len(read) <= 15
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 30])
+def test_threads_share_the_images_out(attributor, folder, batch_size):
+    """In order, a batch a thread, which computes alone; of few images all threads work on each."""
+    files, network, used = sorted(folder.iterdir()), attributor.network, []
+    expected = list(attributor.records(files, batch_size=1, workers=1))
+
+    def count(_, inputs):
+        used.append((len(inputs[0]), torch.get_num_threads()))
+
+    hook = network.register_forward_pre_hook(count)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = list(attributor.records(files, batch_size))
+        assert torch.get_num_threads() == 2
+        stopped = attributor.records(files, batch_size)
+        next(stopped)
+        stopped.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+        hook.remove()
+    assert_same(found, expected)
+    assert {number for _, number in used} == ({1} if batch_size in (2, 5) else {2})
+    assert max(size for size, _ in used) == {1: 1, 2: 1, 5: 2, 30: 11}[batch_size]
 
 
 def test_files_named_on_standard_input_are_answered_one_by_one(checkpoint, folder, monkeypatch, capsys):
