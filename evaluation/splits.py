@@ -2,16 +2,23 @@
 Image data sets as `datasets` loads them: splits, labels, groups and sources.
 """
 
+import glob
 import hashlib
 import json
+import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import yaml
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub.repocard import metadata_load
+from pyarrow import parquet
 
 from ..image_files_protoleak import find_images
 from .columns import SOURCE, Columns, normalise
@@ -20,9 +27,12 @@ GROUP_COLUMNS = ("group", "photo", "prompt")  # rows that share one of these nev
 CROSS = "cross"  # the split of known classes from sources that training never sees
 TEST_SPLITS = ("test", CROSS)  # images of known classes: from the sources of training, and from other ones
 UNKNOWN = "unknown"  # the split of generators that training never sees, and what a verdict calls their images
+SPLITS = ("train", "validation", *TEST_SPLITS, UNKNOWN)
 FEWEST = {"train": 2, "validation": 1, "test": 1}  # images that a class needs in each split
 # shares, where a data set has no such split (WILD's 300 and 200 of 1,000)
 HELD_OUT = {"test": 0.3, "validation": 0.2}
+TOLD = 5  # names of files that are passed over
+logger = logging.getLogger(__name__)
 
 
 class Splits(DatasetDict):
@@ -71,8 +81,7 @@ def _for_training(
 ) -> Splits:
     """What [`load_splits`] gives, from the splits that data sets have."""
     parts = [_with_held_out(part, name, seed, screen) for part, name in zip(parts, names, strict=True)]
-    if columns.source != SOURCE and not any(SOURCE in part["train"].column_names for part in parts):
-        raise ValueError(f"{', '.join(names)} has no column {columns.source!r} that tells the sources")
+    _check_source(columns, [part["train"] for part in parts], ", ".join(names))
     splits = parts[0] if len(parts) == 1 else _joined(parts, names)
     name, known = ", ".join(names), set(splits["train"]["label"])
     splits.label_names = [label for label in _numbered(parts) if label in known]
@@ -85,6 +94,12 @@ def _for_training(
         if not len(splits[UNKNOWN]):
             del splits[UNKNOWN]
     return splits
+
+
+def _check_source(columns: Columns, parts: Sequence[Dataset], name: str) -> None:
+    """That there is the column of sources, if it is named."""
+    if columns.source != SOURCE and not any(SOURCE in part.column_names for part in parts):
+        raise ValueError(f"{name} has no column {columns.source!r} that tells the sources")
 
 
 def _numbered(parts: Sequence[Splits]) -> list[str]:
@@ -206,21 +221,33 @@ def held_out_images(
     """
     available, known = _read(name, columns, config_name), set(label_names)
     if "train" in available:
+        count, is_cut = len(available["train"]), "test" not in available
         available = _for_training([available], [name], 0, columns)
+        if is_cut:
+            logger.warning(
+                f"{name} has no split 'test': of its {count} images the {len(available['test'])} that "
+                f"training would hold out are measured on. To measure on all, put them into a split 'test'"
+            )
     splits = DatasetDict({split: available[split] for split in TEST_SPLITS if split in available})
     if not splits:
         raise ValueError(
             f"{name} has splits {sorted(available)}; to be measured on, it needs 'test' or 'cross', or "
             f"'train' to cut one from"
         )
-    parts = [available[UNKNOWN]] if UNKNOWN in available else []
-    if unknown:
-        parts.append(load_unknown(unknown))
+    _check_source(columns, list(splits.values()), name)
+    for split, rows in splits.items():
+        _check_measured(rows["label"], known, split, name)
+    parts = {f"{name}, split {UNKNOWN!r}": available[UNKNOWN]} if UNKNOWN in available else {}
+    parts |= {unknown: load_unknown(unknown)} if unknown else {}
+    for what, part in parts.items():
+        if both := known & set(part["label"]):
+            raise ValueError(
+                f"{what}: unknown images must be by generators that the model does not know; it knows "
+                f"{sorted(both)}"
+            )
     if parts:
-        rows = [part.select_columns(["image", "label"]) for part in parts]
+        rows = [part.select_columns(["image", "label"]) for part in parts.values()]
         splits[UNKNOWN] = datasets.concatenate_datasets(rows)
-    for split in splits:
-        _check_measured(splits[split]["label"], known, split, name)
     if len(both := [splits[split]["label"] for split in TEST_SPLITS if split in splits]) == 2 and (
         extra := set(both[1]) - set(both[0])
     ):
@@ -232,21 +259,14 @@ def held_out_images(
 
 
 def _check_measured(labels: Sequence[str], known: set[str], split: str, name: str) -> None:
-    """That a split has images of classes that a model knows, or, if they are to be unknown, of others."""
-    seen = set(labels)
-    if split == UNKNOWN:
-        if both := known & seen:
-            raise ValueError(
-                f"unknown images must be by generators that the model does not know; got {sorted(both)}"
-            )
-    elif strange := seen - known:
+    """That a split has images of classes that a model knows."""
+    if strange := set(labels) - known:
         raise ValueError(
             f"{name}, split {split!r}, has classes that the model does not know: {sorted(strange)}. Put "
             f"their images into a split {UNKNOWN!r}, or name their folder as unknown images; it knows "
             f"{sorted(known)}"
         )
-    else:
-        _check_compared(labels, split, name)
+    _check_compared(labels, split, name)
 
 
 def _check_compared(labels: Sequence[str], split: str, name: str) -> None:
@@ -260,23 +280,11 @@ def _read(
     config_name: str | None = None,
 ) -> Splits:
     """The splits that a data set has, with columns `image` (not decoded), `label` (str), perhaps `source`."""
-    folder, card = Path(name), (Path(name) / "README.md").exists()
-    if (folder / "Closed_Set").is_dir():
-        raw = DatasetDict(train=_class_folders(folder / "Closed_Set"))
-        if (folder / "Open_Set").is_dir():
-            raw[UNKNOWN] = _class_folders(folder / "Open_Set")
-    elif (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        raw = datasets.load_from_disk(name)  # what `save_to_disk` wrote
-        raw = raw if isinstance(raw, DatasetDict) else DatasetDict(train=raw)
-    elif any((folder / split).is_dir() for split in ("train", *TEST_SPLITS)) and not card:
-        # `datasets` would pass over a folder of another name than its usual splits, such as unknown
-        folders = {p.name: str(p / "**") for p in folder.iterdir() if p.is_dir()}
-        raw = _load_dataset(name, "imagefolder", data_files=folders)
-    elif (parquet := list(folder.glob("*.parquet"))) and not card:
-        files: dict[str, list[str]] = {}  # split-00000-of-00001.parquet, and a split called unknown alike
-        for path in sorted(parquet):
-            files.setdefault(path.stem.split("-")[0], []).append(str(path))
-        raw = _load_dataset(name, "parquet", data_files=files)
+    folder, in_folder = Path(name), None if _has_card(Path(name)) else _reader(Path(name))
+    if in_folder is not None:
+        if config_name is not None:
+            raise ValueError(f"{name} has no card that tells configurations such as {config_name!r}")
+        raw = in_folder(folder)
     else:
         raw = _load_dataset(name, name, config_name)
         if folder.is_dir() and columns.label_in(next(iter(raw.values()))) is None:
@@ -284,10 +292,107 @@ def _read(
             raw = _load_dataset(name, "imagefolder", data_dir=name, drop_labels=False)
     splits = Splits()
     for split, rows in raw.items():
+        what = f"{name}, split {split!r}"
+        _require_images(len(rows), what)
         missing = UNKNOWN if split == UNKNOWN else None
-        splits[split], numbered = normalise(rows, f"{name}, split {split!r}", columns, missing)
+        splits[split], numbered = normalise(rows, what, columns, missing)
         splits.label_names = splits.label_names or numbered
     return splits
+
+
+def _require_images(count: int, what: str) -> None:
+    if not count:
+        raise ValueError(f"{what}, has no images; leave it out, or put some there")
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether a README.md tells `datasets` what the folder holds; most say nothing of that."""
+    card = folder / "README.md"
+    try:
+        return card.is_file() and not {"configs", "dataset_info"}.isdisjoint(metadata_load(card) or {})
+    except yaml.YAMLError as error:
+        raise ValueError(f"{card}: what stands between its lines '---' is no YAML: {error}") from error
+
+
+def _reader(folder: Path) -> Callable[[Path], DatasetDict] | None:
+    """What reads the splits of a folder without a card that is laid out in one of these ways."""
+    if (folder / "Closed_Set").is_dir():
+        return _wild_folders
+    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        return _saved
+    if any((folder / split).is_dir() for split in ("train", *TEST_SPLITS)):
+        return _split_folders
+    return _parquet_files if any(folder.glob("*.parquet")) else None
+
+
+def _wild_folders(folder: Path) -> DatasetDict:
+    """Closed_Set/CLASS/, Open_Set/NAME/"""
+    raw = DatasetDict(train=_class_folders(folder / "Closed_Set"))
+    if (folder / "Open_Set").is_dir():
+        raw[UNKNOWN] = _class_folders(folder / "Open_Set")
+    return raw
+
+
+def _saved(folder: Path) -> DatasetDict:
+    """What `save_to_disk` wrote."""
+    try:
+        raw = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # what `datasets` raises of a split without rows
+        raise ValueError(f"{folder} has a split without images; save it without that") from error
+    return raw if isinstance(raw, DatasetDict) else DatasetDict(train=raw)
+
+
+def _parquet_files(folder: Path) -> DatasetDict:
+    """split-00000-of-00001.parquet, and a split called unknown alike"""
+    files: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        files.setdefault(path.stem.split("-")[0], []).append(str(path))
+    for split, paths in files.items():
+        count = sum(parquet.read_metadata(path).num_rows for path in paths)
+        _require_images(count, f"{folder}, split {split!r}")
+    files = {split: [*map(glob.escape, paths)] for split, paths in files.items()}
+    return _load_dataset(str(folder), "parquet", data_files=files)
+
+
+def _split_folders(folder: Path) -> DatasetDict:
+    """
+    SPLIT/CLASS/, which `datasets` reads, but for splits of other names than its own. Other folders are passed
+    over. Each split by itself: the first one would lose its labels where it has a single class.
+    """
+    raw = DatasetDict()
+    for split in SPLITS:
+        if (place := folder / split).is_dir():
+            _check_class_folders(place, split)
+            links = sorted(path for path in place.iterdir() if path.is_symlink() and path.is_dir())
+            patterns = [f"{glob.escape(str(path))}/**" for path in (place, *links)]  # links aren't followed
+            options = {"data_files": {split: patterns}, "drop_labels": False}
+            raw[split] = _load_dataset(str(place), "imagefolder", **options)[split]
+    return raw
+
+
+def _check_class_folders(place: Path, split: str) -> None:
+    """That each image of a split lies in a folder of its class, where no table tells them."""
+    what, files = f"{place.parent}, split {split!r}", sorted(_files_in(place))
+    tables = [path for path in files if path.name in ImageFolder.METADATA_FILENAMES]
+    images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()]
+    if others := [str(path) for path in sorted({*files} - {*tables, *images})]:
+        named = ", ".join(others[:TOLD]) + (", ..." if len(others) > TOLD else "")
+        logger.warning(f"{what}: passed over, as no images that are read here ({len(others)}): {named}")
+    _require_images(len(images), what)
+    depths = {len(path.relative_to(place).parts): path for path in images}
+    if split != UNKNOWN and not tables and (len(depths) > 1 or 1 in depths):
+        told = ", ".join(str(depths[depth]) for depth in sorted(depths) if depth != 2)
+        raise ValueError(
+            f"{what}: each image must lie in a folder of its class, {place}/CLASS/, or "
+            f"{place}/metadata.csv must tell it; some lie elsewhere, such as {told}"
+        )
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files, also behind links to folders, but what is hidden."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _load_dataset(source: str, *arguments, **options) -> DatasetDict:
@@ -296,7 +401,7 @@ def _load_dataset(source: str, *arguments, **options) -> DatasetDict:
     there before: here the names, sizes and times of a folder's files are part of the key.
     """
     if Path(source).is_dir():
-        files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        files = sorted(path for path in _files_in(Path(source)) if path.is_file())
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / "protoleak" / key)
@@ -338,9 +443,14 @@ def _cut(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
     labels, cut = np.array(rows["label"]), np.zeros(len(rows), bool)
     if groups is not None:
         names = rng.permutation(np.unique(groups))
-        cut = np.isin(groups, names[: max(1, round(share * len(names)))])
+        cut = np.isin(groups, names[: _share_of(len(names), share)])
     else:
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
-            cut[members[: max(1, round(share * len(members)))]] = True
+            cut[members[: _share_of(len(members), share)]] = True
     return rows.select(np.flatnonzero(~cut)), rows.select(np.flatnonzero(cut))
+
+
+def _share_of(count: int, share: float) -> int:
+    """How many of `count` are cut off: one at least, but never all."""
+    return min(count - 1, max(1, round(share * count)))

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -350,6 +351,24 @@ def test_what_cannot_be_evaluated_is_named(trained, folder, tmp_path, capsys):
     (folder / "test").rename(folder / "validation")
     assert main(options) == 2
     assert "needs 'test' or 'cross', or 'train' to cut one from" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_opened_is_named(trained, folder, tmp_path, capsys):
+    options = ["evaluate", "--model", str(trained.checkpoint), "--dataset"]
+    broken = folder / "test/a/3.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    rows = load_splits(str(folder))["test"]
+    contents = [{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in rows["image"]]
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    Dataset.from_dict({"image": contents, "label": rows["label"][:]}).cast_column(
+        "image", datasets.Image()
+    ).to_parquet(tables / "test.parquet")
+    for data, told in {folder: f"protoleak: {broken} can't", tables: "row 3 of split 'test'"}.items():
+        assert main([*options, str(data)]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert "can't be written" not in error
 
 
 def test_formats_that_give_the_class_away_are_noticed(tmp_path):

@@ -162,6 +162,101 @@ def test_labels_of_any_name_and_type_are_taken(tmp_path, labels, column, feature
     assert splits["test"].features["image"] == Image(decode=False)
 
 
+def put(target, labels, count=3):
+    """Images of each label in a folder of its own; of "" in `target` itself."""
+    for label in labels:
+        (target / label).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            draw("real", np.random.default_rng(i)).save(target / label / f"{i}.png")
+
+
+def held_out(folder, known=("real", "a", "b")):
+    return {split: rows["label"][:] for split, rows in held_out_images(str(folder), known).items()}
+
+
+@pytest.mark.parametrize("name", ["data", "data [1]*"])
+@pytest.mark.parametrize("card", [None, "# My images", "---\nlicense: mit\n---\n"])
+def test_only_folders_of_splits_are_read_and_a_readme_is_no_card(tmp_path, name, card):
+    """Results, what is hidden, and notes lie beside; strangers without folders have no name."""
+    data = tmp_path / name
+    put(data / "cross", ["real", "a"])
+    put(data / "unknown", ["", "c"])
+    put(data, ["figures", ".hidden", "cross/.hidden"])
+    draw("a", np.random.default_rng(0)).save(data / "figure.png")
+    if card is not None:
+        (data / "README.md").write_text(card)
+    assert held_out(data) == {"cross": ["a"] * 3 + ["real"] * 3, "unknown": ["unknown"] * 3 + ["c"] * 3}
+
+
+def test_folders_of_classes_may_be_links(tmp_path):
+    put(tmp_path / "kept", ["x", "a"])
+    (tmp_path / "data/test").mkdir(parents=True)
+    for place in (tmp_path / "data/test/real", tmp_path / "data/test/a"):
+        place.symlink_to(tmp_path / "kept" / ("x" if place.name == "real" else "a"))
+    assert sorted(held_out(tmp_path / "data")["test"]) == ["a"] * 3 + ["real"] * 3
+    put(tmp_path / "kept", ["a"], 4)
+    assert len(held_out(tmp_path / "data")["test"]) == 7, "what is new there is noticed"
+
+
+def test_a_table_may_tell_the_classes_of_one_split(tmp_path):
+    put(tmp_path / "test", [""], 4)
+    put(tmp_path / "unknown", ["c"])
+    lines = [f"{i}.png,{label}" for i, label in enumerate(["real", "a"] * 2)]
+    (tmp_path / "test/metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    assert held_out(tmp_path) == {"test": ["real", "a"] * 2, "unknown": ["c"] * 3}
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["test/real"], "'test', has images of 1 class"),
+        (["test/real", "unknown/c"], "'test', has images of 1 class"),
+        (["test"], "'test': each image must lie in a folder of its class.* such as .*test/2.png$"),
+        (["test/real", "test/a/more"], "such as [^,]*test/a/more/2.png$"),
+        (["test/real", "test/a", "unknown/b"], r"'unknown': .* does not know; it knows \['b'\]"),
+    ],
+)
+def test_folders_that_tell_no_classes_are_said(tmp_path, places, message):
+    put(tmp_path, places)
+    with pytest.raises(ValueError, match=message):
+        held_out(tmp_path)
+
+
+def test_splits_without_images_are_said(tmp_path, caplog):
+    some, none = rows_of(["real", "a"]), rows_of(["c"]).select([])
+    put(tmp_path / "folders/test", ["real", "a"])
+    (tmp_path / "folders/unknown").mkdir()
+    (tmp_path / "folders/unknown/x.heic").write_bytes(b"x")
+    (tmp_path / "tables").mkdir()
+    some.to_parquet(tmp_path / "tables/test.parquet")
+    none.to_parquet(tmp_path / "tables/unknown.parquet")
+    for name in ("folders", "tables"):
+        with pytest.raises(ValueError, match=f"{name}, split 'unknown', has no images"):
+            held_out(tmp_path / name)
+    assert "passed over, as no images that are read here (1)" in caplog.text
+    assert "x.heic" in caplog.text
+    DatasetDict(test=some, unknown=none).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved has a split without images"):
+        held_out(tmp_path / "saved")
+
+
+def test_arguments_that_a_data_set_has_nothing_for_are_refused(tmp_path):
+    rows_of(["real", "a"]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="no column 'place' that tells the sources"):
+        held_out_images(str(tmp_path), ["real", "a"], columns=Columns(source="place"))
+    with pytest.raises(ValueError, match="no card that tells configurations such as 'two'"):
+        held_out_images(str(tmp_path), ["real", "a"], config_name="two")
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"README.md: .* is no YAML"):
+        held_out_images(str(tmp_path), ["real", "a"])
+
+
+def test_what_is_cut_from_images_without_splits_is_said(tmp_path, caplog):
+    put(tmp_path, ["real", "a"], 6)
+    assert len(held_out(tmp_path)["test"]) == 4
+    assert "has no split 'test': of its 12 images the 4 that training would hold out" in caplog.text
+
+
 def test_what_save_to_disk_wrote_is_read_with_its_splits_and_its_order(tmp_path):
     names = ClassLabel(names=["z", "unseen", "real", "a"])
     rows = rows_of([0, 2, 3], feature=names)
@@ -230,6 +325,7 @@ def test_rows_without_an_image_are_told_by_number(tmp_path):
         (rows_of([[0, 1], [1, 0]]), Columns(), r"one name or number an image; column 'label' holds \[0, 1\]"),
         (rows_of(["a", "unknown"]), Columns(), r"class 'unknown', which is what a verdict calls"),
         (rows_of("ab", count=3), Columns(), r"too few .* a: 1 in train, 1 in validation, 1 in test; b: 1 in"),
+        (rows_of("ab", count=2), Columns(), r"too few .* a: 1 in train, 0 in validation, 1 in test; b: 1 in"),
         (rows_of("a"), Columns(), "1 class"),
     ],
 )

@@ -209,11 +209,11 @@ class LatentCache:
             members = range(number * self.shard_size, min((number + 1) * self.shard_size, len(rows)))
             size = len(members) * (math.prod(self.shape) * ITEM_SIZE + 1)
             if not files[number].exists() or files[number].stat().st_size != size:
-                self._write_shard(rows.select(members), view, files[number])
+                self._write_shard(rows.select(members), view, files[number], members.start)
         self.accelerator.wait_for_everyone()
         return files
 
-    def _write_shard(self, rows: Dataset, view: View, path: Path) -> None:
+    def _write_shard(self, rows: Dataset, view: View, path: Path, first: int) -> None:
         bar = tqdm(
             total=len(rows),
             desc="encoding images with the VAE",
@@ -225,7 +225,7 @@ class LatentCache:
             lacks = bytearray()
             with bar, partial.open("wb") as file:
                 for batch in rows.select_columns("image").iter(self.batch_size):
-                    encoded, lacking = self._encode_batch(batch["image"], view)
+                    encoded, lacking = self._encode_named(batch["image"], view, rows.split, first + bar.n)
                     file.write(encoded.tobytes())
                     lacks += lacking.astype(np.uint8).tobytes()
                     bar.update(len(batch["image"]))
@@ -237,6 +237,24 @@ class LatentCache:
         """z_0 at the first scale, batch by batch, of `rows` as they are; they are not kept."""
         for batch in rows.select_columns("image").iter(self.batch_size):
             yield self.model.protoleak.encode(self._pixels(batch["image"], View())[0])[0]
+
+    def _encode_named(
+        self, images: list[dict[str, Any]], view: View, split: Any, first: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        [`~LatentCache._encode_batch`]; of an image that can't be opened the error has its path, or its row.
+        It is no `OSError`, which writing the file would raise.
+        """
+        try:
+            return self._encode_batch(images, view)
+        except (OSError, ValueError):
+            for row, image in enumerate(images, first):
+                where = f"row {row}" + (f" of split {str(split)!r}" if split else "")
+                try:
+                    open_image(image, self.processor.max_pixels, name=image["path"] or where)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{error}. Mend the image or leave it out") from error
+            raise
 
     @torch.no_grad()
     def _encode_batch(self, images: list[dict[str, Any]], view: View) -> tuple[np.ndarray, np.ndarray]:
