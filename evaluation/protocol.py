@@ -348,15 +348,18 @@ def compare_open_set_scores(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """
     For each of `TEST_SPLITS` among `parts` AUROC, AUPR, FPR95, EER and overlap against the part `unknown`: of
-    the score in use, and of each of the package's, fitted on the checkpoint's training images.
+    the score in use, as verdicts have it, and of each other one of the package, fitted on the checkpoint's
+    training images.
     benchmarks/open_set.py compares many more.
     """
     train, known = model.detector.train_, [name for name in TEST_SPLITS if name in parts]
     scores = {model.config.open_set_title: {name: part.open_set_score for name, part in parts.items()}}
     for features in (name for name in FEATURES if name in train):
         for name, make in OPEN_SET_SCORES.items():
+            if (title := f"{name} of {features}") in scores:
+                continue
             score = make().fit(train[features], train["labels"])
-            scores[f"{name} of {features}"] = {
+            scores[title] = {
                 split: score.score_samples(getattr(part, features)) for split, part in parts.items()
             }
     return {

@@ -227,7 +227,7 @@ def _open_set_table(splits: Mapping[str, SplitEvaluation], in_use: str) -> str:
 
 def _split_sections(evaluation: Evaluation, split: SplitEvaluation) -> list[str]:
     sections = [_confusion_table(evaluation.labels, split), _reliability_table(split)]
-    if split.noise:
+    if split.noise and len(split.noise["macro_auc"]) > 1:
         sections.append(_noise_list(split))
     sections.append(f"Macro AUC with permuted labels: {split.shuffled_macro_auc:.4f} (0.5 is chance).")
     if split.format_bias:
@@ -265,7 +265,8 @@ def format_bias_sentence(bias: Mapping[str, Any], what: str = "File format, mode
 
 
 def format_robustness(table: list[dict[str, Any]]) -> str:
-    """The rows of [`measure_robustness`] as Markdown."""
+    """The rows of [`measure_robustness`] as Markdown, under how many images they are of."""
+    images = "{num_test} images of known classes, {num_unknown} by unknown generators.".format(**table[0])
     columns = [name for name in ROBUSTNESS_TITLES if name in table[0]]
     rows = (
         (
@@ -275,7 +276,8 @@ def format_robustness(table: list[dict[str, Any]]) -> str:
         )
         for row in table
     )
-    return markdown_table(("operator", "strength", *(ROBUSTNESS_TITLES[name] for name in columns)), rows)
+    header = ("operator", "strength", *(ROBUSTNESS_TITLES[name] for name in columns))
+    return f"{images}\n\n{markdown_table(header, rows)}"
 
 
 def write_results(folder: str | Path, name: str, values: Any, text: str) -> None:

@@ -168,15 +168,21 @@ def draw_roc(curves: dict[str, tuple[Any, Any]]) -> Figure:
 
 
 def draw_confusion(labels: list[str], confusion: list[list[int]]) -> Figure:
-    """Rows are true classes, columns verdicts, see [`verdicts_in`]; shades are shares of a row."""
+    """
+    Rows are true classes, those that have images, columns verdicts, see [`verdicts_in`]; shades are shares of
+    a row.
+    """
     counts = np.array(confusion)
+    seen = counts.any(axis=1)
+    counts, names = counts[seen], [plain(label) for label, has in zip(labels, seen, strict=True) if has]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     verdicts = verdicts_in([*map(plain, labels)], confusion)
     size = 1.5 + 0.5 * len(verdicts)
-    figure, axes = _axes(size + 0.8, size, xlabel="verdict", ylabel="true class")
+    height = max(min(4.0, size), size - 0.5 * (len(labels) - len(names)))
+    figure, axes = _axes(size + 0.8, height, xlabel="verdict", ylabel="true class")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(verdicts)), verdicts, rotation=60, ha="right")
-    axes.set_yticks(range(len(labels)), [*map(plain, labels)])
+    axes.set_yticks(range(len(names)), names)
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, count, ha="center", va="center", color=colour)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,9 +14,15 @@ import pytest
 import torch
 from datasets import Dataset
 from protoleak.cli import main
+from protoleak.evaluate_protoleak.evaluate_protoleak import open_set_metrics
 from protoleak.evaluation.metrics import compute_metrics, expected_calibration_error, reliability
 from protoleak.evaluation.predictions import ORIGINS, Predictions
-from protoleak.evaluation.protocol import Evaluation, evaluate_predictions, evaluate_splits
+from protoleak.evaluation.protocol import (
+    Evaluation,
+    compare_open_set_scores,
+    evaluate_predictions,
+    evaluate_splits,
+)
 from protoleak.evaluation.report import TITLES, format_report, format_summary
 from protoleak.evaluation.shortcuts import find_shortcuts, shortcut_warnings
 from protoleak.evaluation.splits import load_splits, load_unknown
@@ -314,6 +321,7 @@ def test_a_folder_of_test_images_alone_is_looked_at_whole(trained, folder, tmp_p
     options = ["--model", str(trained.checkpoint), "--dataset", str(mine)]
     assert main(["evaluate", *options, "--noise_seeds", "1", "--output_dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
+    assert "noise seeds" not in printed, "one draw has no range"
     assert printed.startswith("16 test images of 2 of 3 known classes, 8 by unknown generators")
     found = Evaluation.from_dict(json.loads((tmp_path / "out/evaluation.json").read_text()))
     [(name, measured)], known = found.splits.items(), trained.summary["splits"]["test"]
@@ -322,8 +330,28 @@ def test_a_folder_of_test_images_alone_is_looked_at_whole(trained, folder, tmp_p
         label: known["per_class"][label]["recall"] for label in ("a", "b")
     }
     assert measured.metrics["unknown_rejected"] == known["metrics"]["unknown_rejected"]
-    assert main(["robustness", *options, "--quick"]) == 0
-    assert "| none |" in capsys.readouterr().out
+    for image in [path for path in mine.rglob("*.png") if path.stem != "0"]:
+        image.unlink()
+    assert main(["robustness", *options, "--quick"]) == 0, "one of a class is looked at, if not one in four"
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 images of known classes, 1 by unknown generators.")
+    assert "| none |" in printed
+
+
+def test_the_open_set_score_in_use_is_told_as_verdicts_have_it():
+    """Not fitted again, without what calibrates it."""
+    rng = np.random.default_rng(0)
+    train = {"embeddings": rng.normal(size=(40, 3)), "labels": np.arange(40) % 2}
+    config = SimpleNamespace(open_set_title="l2_kde of embeddings")
+    model = SimpleNamespace(config=config, detector=SimpleNamespace(train_=train))
+    parts = {"test": synthetic([0, 1, 2], 4, rng), "unknown": synthetic([2], 0, rng)}
+    for part in parts.values():
+        part.embeddings = rng.normal(size=(len(part), 3))
+    found = compare_open_set_scores(model, parts)["test"]
+    own = open_set_metrics(parts["test"].open_set_score, parts["unknown"].open_set_score)
+    assert found["l2_kde of embeddings"] == own
+    assert list(found)[0] == "l2_kde of embeddings"
+    assert len(found) == len(OPEN_SET_SCORES)
 
 
 def test_what_cannot_be_evaluated_is_named(trained, folder, tmp_path, capsys):

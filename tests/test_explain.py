@@ -344,6 +344,9 @@ def test_a_confusion_matrix_has_a_row_a_class_and_nothing_below():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["real", "a", "unknown"]
     axes = draw_confusion(["real", "a"], [[3, 0, 1, 0], [2, 4, 0, 5]]).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()][2:] == ["unknown", "no evidence"]
+    axes = draw_confusion(["real", "a"], [[0, 0, 0], [2, 4, 0]]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a"], "those that have images"
+    assert sorted(axes.get_ylim()) == [-0.5, 0.5]
 
 
 def test_figures_are_drawn(fitted_model, tmp_path):
