@@ -230,7 +230,7 @@ def test_measuring_commands(copy, run, leakzoo_model):
     text = snippet("training.md", "protoleak evaluate")
     for command in text.strip().splitlines():
         printed = run(command.split(), extras_of("training.md", text))
-        assert printed.startswith(("28 test images", "| operator"))
+        assert printed.startswith(("28 test images", "7 images of known classes"))
     assert {path.name for path in (copy / "runs/figures").iterdir()} == {
         "evaluation.json", "evaluation.md", "robustness.json", "robustness.md", "robustness.png", "figures",
     }  # fmt: skip
