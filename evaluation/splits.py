@@ -320,9 +320,10 @@ def _reader(folder: Path) -> Callable[[Path], DatasetDict] | None:
         return _wild_folders
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
         return _saved
-    if any((folder / split).is_dir() for split in ("train", *TEST_SPLITS)):
-        return _split_folders
-    return _parquet_files if any(folder.glob("*.parquet")) else None
+    with_images = ("train", *TEST_SPLITS)
+    if any((folder / split).is_dir() for split in with_images) or any(folder.glob("*.parquet")):
+        return _folders_and_tables
+    return None
 
 
 def _wild_folders(folder: Path) -> DatasetDict:
@@ -342,16 +343,33 @@ def _saved(folder: Path) -> DatasetDict:
     return raw if isinstance(raw, DatasetDict) else DatasetDict(train=raw)
 
 
+def _folders_and_tables(folder: Path) -> DatasetDict:
+    """Each split as a folder of images or as parquet files."""
+    raw, tables = _split_folders(folder), _parquet_files(folder)
+    if both := sorted(set(raw) & set(tables)):
+        raise ValueError(f"{folder} has {both} as folders and as parquet files; keep one of them")
+    return DatasetDict(raw | tables)
+
+
 def _parquet_files(folder: Path) -> DatasetDict:
     """split-00000-of-00001.parquet, and a split called unknown alike"""
-    files: dict[str, list[str]] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
-        files.setdefault(path.stem.split("-")[0], []).append(str(path))
+        split = path.stem.split("-")[0]
+        if not re.fullmatch(r"\w+(\.\w+)*", split):
+            raise ValueError(f"{path} must be named after its split, such as test.parquet")
+        files.setdefault(split, []).append(path)
     for split, paths in files.items():
-        count = sum(parquet.read_metadata(path).num_rows for path in paths)
-        _require_images(count, f"{folder}, split {split!r}")
-    files = {split: [*map(glob.escape, paths)] for split, paths in files.items()}
-    return _load_dataset(str(folder), "parquet", data_files=files)
+        _require_images(sum(map(_num_rows, paths)), f"{folder}, split {split!r}")
+    patterns = {split: [glob.escape(str(path)) for path in paths] for split, paths in files.items()}
+    return _load_dataset(str(folder), "parquet", data_files=patterns) if files else DatasetDict()
+
+
+def _num_rows(path: Path) -> int:
+    try:
+        return parquet.read_metadata(path).num_rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as parquet: {error}") from error
 
 
 def _split_folders(folder: Path) -> DatasetDict:

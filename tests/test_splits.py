@@ -240,6 +240,25 @@ def test_splits_without_images_are_said(tmp_path, caplog):
         held_out(tmp_path / "saved")
 
 
+def test_a_split_is_a_folder_or_a_table(tmp_path):
+    rows_of(["real", "a"]).to_parquet(tmp_path / "test.parquet")
+    put(tmp_path / "unknown", ["c"])
+    assert held_out(tmp_path) == {"test": ["real"] * 4 + ["a"] * 4, "unknown": ["c"] * 3}
+    put(tmp_path / "test", ["real", "a"])
+    with pytest.raises(ValueError, match=r"\['test'\] as folders and as parquet files; keep one"):
+        held_out(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("my test", "my test.parquet must be named after its split"), ("test", "test.parquet can't be read")],
+)
+def test_a_table_that_is_none_is_named(tmp_path, name, message):
+    (tmp_path / f"{name}.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ValueError, match=message):
+        held_out(tmp_path)
+
+
 def test_arguments_that_a_data_set_has_nothing_for_are_refused(tmp_path):
     rows_of(["real", "a"]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match="no column 'place' that tells the sources"):
