@@ -15,7 +15,7 @@ from transformers.utils import cached_file, logging
 
 from .calibration_protoleak import CrossFitted
 from .density_protoleak import OpenSetDetector
-from .fitting_protoleak import cut, known_and_held_out, labelled_images
+from .fitting_protoleak import centres_of, cut, known_and_held_out, labelled_images
 from .image_processing_protoleak import ProtoLeakImageProcessor
 from .pipeline_protoleak import check_options, records_of
 
@@ -205,20 +205,15 @@ class DetectorMixin:
         Raises:
             ValueError: there is no detector to extend, the name is taken, or there are too few images.
         """
-        try:  # where transformers doesn't look for what a checkpoint's code needs: loading doesn't
-            from sklearn.cluster import KMeans
-        except ImportError as error:
-            raise ImportError("enrolling needs scikit-learn: pip install scikit-learn") from error
         if self.detector is None:
             raise ValueError("this model has no detector to extend; train it with train.py first")
         detector = self.detector.enroll(name, images)
         embeddings = detector.train_["embeddings"][detector.train_["labels"] == len(detector.labels) - 1]
-        count = min(self.config.num_prototypes, max(1, len(embeddings) // 4))
-        centres = KMeans(count, n_init=10, random_state=0).fit(embeddings.numpy()).cluster_centers_
+        centres = centres_of(embeddings, self.config.num_prototypes)
         scope = self.config.scope
         self.set_labels(detector.labels)
         self.config.scope = scope  # of all but the new class
-        self.head.place(len(detector.labels) - 1, torch.from_numpy(centres))
+        self.head.place(len(detector.labels) - 1, centres)
         self._take_detector(detector)
 
     def records(self, output: Any, **options: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ B, S, T, D in shape comments: batch, scales, timesteps, embedding size; P, F: po
 them that are projected; C, H, W: latent channels, height, width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -190,7 +190,7 @@ class LeakEncoder(nn.Module):
         return self.projections[0].weight.device
 
     @torch.no_grad()
-    def begin_as(self, discriminants: list[Discriminant], scales: list[float]) -> None:
+    def begin_as(self, discriminants: Sequence[Discriminant], scales: Sequence[float]) -> None:
         """
         Make the embedding, at even attention, the projections of one discriminant a family, each in
         dimensions of its own and times its scale, which must fit into D; all other dimensions are zero.

@@ -1,9 +1,10 @@
-"""Labelled images of a data set, for fitting a detector on them."""
+"""What fits without training: a detector on the labelled images of a data set, a class's prototypes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 LABEL_COLUMNS = ("label", "labels")
 HELD_OUT = 3  # one image in so many calibrates, where a data set has no images for that
@@ -68,3 +69,19 @@ def cut(labels: np.ndarray) -> np.ndarray:
         own = rng.permutation(np.flatnonzero(labels == k))
         held_out[own[: len(own) // HELD_OUT]] = True
     return held_out
+
+
+def centres_of(embeddings: torch.Tensor, most: int) -> torch.Tensor:
+    """
+    Where a class's prototypes lie: k-means centres of its embeddings (n, D), one for every four of them and
+    no more than `most`: (m, D), m = 0 without any.
+    """
+    try:  # where transformers doesn't look for what a checkpoint's code needs: loading doesn't
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("prototypes need scikit-learn: pip install scikit-learn") from error
+    if not len(embeddings):
+        return embeddings
+    count = min(most, max(1, len(embeddings) // 4))
+    found = KMeans(count, n_init=10, random_state=0).fit(embeddings.cpu().numpy())
+    return torch.from_numpy(found.cluster_centers_)

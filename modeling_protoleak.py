@@ -466,22 +466,23 @@ class ProtoLeakForImageAttribution(DetectorMixin, ProtoLeakPreTrainedModel):
         return self.config.attention_entropy_weight * (math.log(weights.shape[1]) - entropy)
 
     @torch.no_grad()
-    def initialise_as_discriminant(self, discriminants: list[Discriminant], scales: list[float]) -> None:
+    def initialise_as_discriminant(
+        self, discriminants: Sequence[Discriminant], scales: Sequence[float], prototypes: torch.Tensor
+    ) -> None:
         """
         Make a new network linear discriminants of its pooled features, from where it learns on: the first
-        dimensions of the embedding are their projections, and all prototypes of a class begin near its mean.
+        dimensions of the embedding are their projections.
 
         Args:
             discriminants (`list[Discriminant]`): One for each of the encoder's families of features, fitted
                 to [`LeakEncoder.family_features`] averaged over timesteps.
             scales (`list[float]`): What each counts: the factor of its projection.
+            prototypes (`torch.Tensor` of shape `(K, M, D)`): Of each class, in these embeddings.
         """
         for parameter in self.protoleak.gate.output.parameters():
             parameter.zero_()  # every dimension weighs a half
         self.protoleak.encoder.begin_as(discriminants, scales)
-        means = torch.cat([d.means * scale for d, scale in zip(discriminants, scales, strict=True)], dim=1)
-        prototypes = self.head.prototypes.normal_(std=0.1)
-        prototypes[..., : means.shape[1]] += means[:, None].to(prototypes)
+        self.head.prototypes.copy_(prototypes)
 
     @torch.no_grad()
     def explain(self, output: ImageAttributionOutput, **options: Any) -> list[dict[str, Any]]:

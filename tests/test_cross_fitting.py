@@ -5,13 +5,13 @@ import pytest
 import scipy.linalg
 import torch
 from datasets import Dataset, DatasetDict
-from protoleak import OpenSetDetector
+from protoleak import OpenSetDetector, ProtoLeakConfig
 from protoleak.scores_protoleak import OPEN_SET_SCORES, PooledDensity
 from protoleak.training.cross_fitting import (
     SHRINKAGES,
     Samples,
     Settings,
-    _Network,
+    Start,
     _spread,
     choose_settings,
     class_folds,
@@ -179,8 +179,14 @@ def squared_distances_of(features, labels, fitted, held_out, shrinkage) -> np.nd
 SETTINGS = Settings(shrinkages=(0.1, 0.2), scales=(0.5, 0.3), loss=0.0)
 
 
-def cross_fitted(samples: Samples, folds: np.ndarray, score: str = "kde"):
-    return cross_fit(samples, SETTINGS, folds, np.full(3, 5), score, real=0)
+def network_config(score: str = "kde", **changes) -> ProtoLeakConfig:
+    """Of three classes, one prototype each."""
+    sizes = {"num_labels": 3, "embedding_size": 16, "num_prototypes": 1}
+    return ProtoLeakConfig(**sizes | changes, open_set_scores={"embeddings": score})
+
+
+def cross_fitted(samples: Samples, folds: np.ndarray, score: str = "kde", **changes):
+    return cross_fit(samples, SETTINGS, folds, np.full(3, 5), network_config(score, **changes), real=0)
 
 
 def altered(samples: Samples, images: np.ndarray, views: int, relabelled: bool) -> Samples:
@@ -228,7 +234,7 @@ def test_folds_and_detector_have_the_bandwidth_that_suits_unseen_sources(score):
     for factor in (0.8, 1, 1.25):  # candidates are a factor of 1.21 apart
         scores = []
         for fold in np.unique(folds):
-            network = _Network(samples, SETTINGS, folds != fold)
+            network = Start(samples, SETTINGS, folds != fold, network_config())
             families, labels = samples.known(folds != fold)
             fitted = OPEN_SET_SCORES[score](bandwidth=chosen * factor).fit(network.embed(families), labels)
             scores.append(fitted.score_samples(network.embed(samples.untouched(folds == fold))))
@@ -264,13 +270,18 @@ def test_open_set_scores_are_those_of_embeddings_of_the_networks_size(embedding_
     views = torch.randn(60, 1, sum(model.protoleak.encoder.parts.values())).abs()
     labels, fitted = torch.arange(60) % 3, np.arange(60) % 5 > 0
     samples = make_samples(model, [views], labels)
-    found = cross_fit(samples, SETTINGS, np.where(fitted, 0, 1), np.full(3, 5), "kde", real=None)
+    folds, config = np.where(fitted, 0, 1), model.config
+    config.open_set_scores = {"embeddings": "kde"}
+    found = cross_fit(samples, SETTINGS, folds, np.full(3, 5), config, real=None)
     begin_as(model, samples, fitted, SETTINGS)
     with torch.no_grad():
         embeddings = model.protoleak(features=views[:, :, None].expand(-1, -1, 2, -1)).embeddings
     kde = OPEN_SET_SCORES["kde"](**found.chosen["embeddings"]).fit(embeddings[fitted], labels[fitted])
     expected = kde.score_samples(embeddings[~fitted])
     np.testing.assert_allclose(found.open_set_scores["embeddings"][~fitted], expected, rtol=1e-3)
+    with torch.no_grad():
+        logits = model(features=views[:, :, None].expand(-1, -1, 2, -1)).logits
+    torch.testing.assert_close(found.class_scores[~fitted].float(), logits[~fitted], rtol=1e-3, atol=1e-2)
 
 
 def test_strangers_are_scored_by_a_model_without_their_class():

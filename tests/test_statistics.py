@@ -193,7 +193,7 @@ def test_a_class_without_samples_is_infinitely_far_and_no_network_begins_with_it
     torch.testing.assert_close(distances[:, [0, 2, 4]], without.squared_distances(held_out))
     model = tiny_model(id2label={k: str(k) for k in range(5)}, label2id={str(k): k for k in range(5)})
     with pytest.raises(ValueError, match=r"none of classes \[1, 3\]"):
-        model.initialise_as_discriminant([found], [1.0])
+        model.initialise_as_discriminant([found], [1.0], model.head.prototypes)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,10 @@ def test_a_network_begins_as_the_discriminants_of_its_features(overrides):
     encoder.fit_norm([pooled])
     families, factors = encoder.family_features(pooled), [0.5, 0.25][: len(encoder.families)]
     found = [fit_discriminant(family, labels, 3, (0.1,), 8)[0] for family in families]
-    model.initialise_as_discriminant(found, factors)
+    means = torch.cat([d.means * s for d, s in zip(found, factors, strict=True)], dim=1)
+    prototypes = torch.zeros_like(model.head.prototypes)
+    prototypes[..., : means.shape[1]] = means[:, None]
+    model.initialise_as_discriminant(found, factors, prototypes)
     with torch.no_grad():
         output = model(latents=z)
     assert (output.logits.argmax(dim=1) == labels).all()

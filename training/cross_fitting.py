@@ -15,7 +15,10 @@ from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from ..calibration_protoleak import CrossFitted
+from ..configuration_protoleak import ProtoLeakConfig
 from ..evaluation.splits import SOURCE
+from ..fitting_protoleak import centres_of
+from ..modeling_protoleak import PrototypeHead
 from ..scores_protoleak import OPEN_SET_SCORES
 from ..statistics_protoleak import Discriminant, fit_discriminant
 
@@ -235,7 +238,7 @@ def cross_fit(
     settings: Settings,
     folds: np.ndarray,
     num_sources: np.ndarray,
-    score: str,
+    config: ProtoLeakConfig,
     real: int | None,
 ) -> CrossFitted:
     """
@@ -245,15 +248,15 @@ def cross_fit(
         samples ([`Samples`]), settings ([`Settings`]): Of the network that is calibrated.
         folds (`np.ndarray` of shape `(num_images,)`): From [`source_folds`].
         num_sources (`np.ndarray` of shape `(K,)`): How many sources each class has.
-        score (`str`): Which of `OPEN_SET_SCORES`, of the embeddings.
+        config ([`ProtoLeakConfig`]): The network's; its open-set score is that of embeddings.
         real (`int`, *optional*): Which class is no generator; it is never left out.
     """
-    labels = samples.labels.numpy()
+    labels, score = samples.labels.numpy(), config.open_set_scores["embeddings"]
     class_scores = torch.zeros(len(labels), samples.num_labels).double()
     open_set_scores, embedded = np.zeros(len(labels)), []
     for fold in np.unique(folds):
         held_out = folds == fold
-        network = _Network(samples, settings, ~held_out)
+        network = Start(samples, settings, ~held_out, config)
         families, (known, known_labels) = samples.untouched(held_out), samples.known(~held_out)
         class_scores[torch.from_numpy(held_out)] = network.class_scores(families)
         embedded.append((held_out, network.embed(known), known_labels, network.embed(families)))
@@ -264,7 +267,8 @@ def cross_fit(
     strangers = []
     for left_out in class_folds(labels, real):
         strange = np.isin(labels, left_out)
-        scores = _Network(samples, settings, ~strange).class_scores(samples.untouched(strange))
+        start = Start(samples, settings, ~strange, config)
+        scores = start.class_scores(samples.untouched(strange))
         strangers.append(scores.index_fill(1, torch.from_numpy(left_out), -torch.inf))
     return CrossFitted(
         open_set_scores={"embeddings": open_set_scores},
@@ -276,18 +280,26 @@ def cross_fit(
     )
 
 
-class _Network:
-    """A network that begins by some images (mask, (num_images,)), one prototype a class at its mean."""
+class Start:
+    """
+    The network that some images (mask, (num_images,)) make before anything is trained: discriminants of their
+    features, and prototypes at the centres of their embeddings.
+    """
 
-    def __init__(self, samples: Samples, settings: Settings, images: np.ndarray):
+    def __init__(self, samples: Samples, settings: Settings, images: np.ndarray, config: ProtoLeakConfig):
         shrinkages = [(shrinkage,) for shrinkage in settings.shrinkages]
         self.discriminants = [d[0] for d in samples.fit(images, shrinkages)]
-        self.scales, self.size = settings.scales, samples.embedding_size
+        self.scales, self.size, self.head = settings.scales, samples.embedding_size, PrototypeHead(config)
+        embeddings, labels = self.embed(samples.untouched(images)), samples.labels[torch.from_numpy(images)]
+        for k in range(samples.num_labels):
+            self.head.place(k, centres_of(embeddings[labels == k], config.num_prototypes))
 
+    @torch.no_grad()
     def class_scores(self, families: list) -> torch.Tensor:
         """Rows (m, F) for each family -> (m, K)"""
-        parts = zip(self.discriminants, self.scales, families, strict=True)
-        return (-sum(d.squared_distances(x) * scale**2 for d, scale, x in parts) / 2).clamp_min(-1e4)
+        embeddings = self.embed(families)
+        gates = torch.full_like(embeddings, 0.5)  # those of a new network
+        return self.head(embeddings, gates).double().clamp_min(-1e4)
 
     def embed(self, families: list) -> torch.Tensor:
         """Rows (m, F) for each family -> (m, D): a density depends on all dimensions, used or not."""

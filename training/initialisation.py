@@ -22,7 +22,15 @@ from ..image_processing_protoleak import JPEG_QUALITY, ProtoLeakImageProcessor
 from ..modeling_protoleak import ProtoLeakForImageAttribution
 from ..vae_protoleak import has_vae_folder, load_autoencoder, load_vae
 from .arguments import TrainingArguments
-from .cross_fitting import Samples, Settings, choose_settings, count_sources, cross_fit, source_folds
+from .cross_fitting import (
+    Samples,
+    Settings,
+    Start,
+    choose_settings,
+    count_sources,
+    cross_fit,
+    source_folds,
+)
 from .features import in_blocks, make_samples, pool_batches, pool_features
 from .latents import LatentCache
 from .views import RandomView, without_fillers
@@ -168,15 +176,15 @@ def begin_across_sources(
     names, counts = model.config.label_names, count_sources(rows)
     num_sources = np.array([counts[name] for name in names])
     real = names.index(REAL) if REAL in names else None
-    return cross_fit(samples, settings, folds, num_sources, model.config.open_set_scores["embeddings"], real)
+    return cross_fit(samples, settings, folds, num_sources, model.config, real)
 
 
 def begin_as(
     model: ProtoLeakForImageAttribution, samples: Samples, fitted: np.ndarray, settings: Settings
 ) -> None:
-    """Make the network the discriminants of some samples (mask, (num_images,))."""
-    discriminants = samples.fit(fitted, [(shrinkage,) for shrinkage in settings.shrinkages])
-    model.initialise_as_discriminant([d[0] for d in discriminants], list(settings.scales))
+    """Make the network the [`Start`] that some samples (mask, (num_images,)) make."""
+    start = Start(samples, settings, fitted, model.config)
+    model.initialise_as_discriminant(start.discriminants, settings.scales, start.head.prototypes)
 
 
 def choose_samples(train: RandomView, num_labels: int, max_samples: int) -> list[Subset]:
