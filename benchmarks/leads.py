@@ -48,7 +48,16 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent))
 import across_sources as across
 import pixel_statistics as ps
-from left_out import by_discriminants, by_gradient, by_subspaces, choose, from_one_source, in_folds, measure
+from left_out import (
+    by_discriminants,
+    by_gradient,
+    by_prototypes,
+    by_subspaces,
+    choose,
+    from_one_source,
+    in_folds,
+    measure,
+)
 
 # the generators' sources that are left out together; others, the cameras', are dealt to the folds in turn
 FOLDS = (
@@ -285,6 +294,12 @@ def model_leads() -> Iterator[Lead]:
     yield of_model("pictures", "picture statistics", bundled[3:])
     yield of_model("pictures", "the bundled families without them, added", bundled[:3])
     yield of_model("pictures", "the bundled families, added", bundled)
+    prototypes = {f", prototypes a class {n}": partial(by_prototypes, count=n) for n in (1, 2, 4)}
+    prototypes |= {
+        f", 2 of noise around its mean, draw {seed}": partial(by_prototypes, count=2, seed=seed)
+        for seed in range(4)
+    }
+    yield of_model("prototypes", "the bundled families", bundled, methods=prototypes)
     halves = {", mean over 10 random halves": by_subspaces}
     yield of_model("subspaces", "these", EACH, methods=halves)
     yield of_model("copies", "these with a post-processed copy", EACH, views=training_views(1, 1))

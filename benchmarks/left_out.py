@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from protoleak import ProtoLeakConfig
 from protoleak.evaluation.metrics import compute_metrics
 from protoleak.evaluation.predictions import Predictions
 from protoleak.evaluation.verdicts import coverage_at_precision
 from protoleak.statistics_protoleak import Discriminant
-from protoleak.training.cross_fitting import Samples, Settings, choose_settings
+from protoleak.training.cross_fitting import Samples, Settings, Start, choose_settings
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,6 +89,25 @@ def by_discriminants(samples: Samples, trials: Sequence[Trial], settings: Settin
             strict=True,
         )
         scores.append(-sum(d.squared_distances(x) * scale**2 for d, x, scale in asked).clamp_max(2e4) / 2)
+    return scores
+
+
+def by_prototypes(
+    samples: Samples, trials: Sequence[Trial], settings: Settings, count: int, seed: int | None = None
+) -> list[torch.Tensor]:
+    """
+    As training begins: so many prototypes a class, at centres of its embeddings, or, with a `seed`, all at
+    its mean but for noise of 0.1, where they began until aa83175.
+    """
+    sizes = {"num_labels": samples.num_labels, "embedding_size": samples.embedding_size}
+    config = ProtoLeakConfig(**sizes, num_prototypes=count if seed is None else 1)
+    generator, scores = torch.Generator().manual_seed(seed or 0), []
+    for trial in trials:
+        start = Start(samples, settings, trial.fitted, config)
+        if seed is not None:
+            means = start.head.prototypes.data.expand(-1, count, -1)
+            start.head.prototypes.data = means + 0.1 * torch.randn(means.shape, generator=generator)
+        scores.append(start.class_scores(samples.untouched(trial.asked)))
     return scores
 
 

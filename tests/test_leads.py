@@ -67,6 +67,7 @@ def test_scores_are_those_of_the_discriminants(samples, settings):
         across.by_robust_loss(samples, trials, settings, penalty=None, steps=0),
         across.by_contrast(samples, trials, settings, steps=0),
         across.by_source_scatter(samples, trials, settings, weight=1),
+        left_out.by_prototypes(samples, trials, settings, count=1),
     ]
     for place, trial in enumerate(trials):
         found = samples.fit(trial.fitted, [(s,) for s in settings.shrinkages])
@@ -89,6 +90,8 @@ def test_a_class_is_never_told_by_its_own_source(samples, settings):
     twice = replace(samples, families=[torch.cat([x, x + 0.1]) for x in samples.families])
     for of, score in (
         (samples, left_out.by_subspaces),
+        (samples, partial(left_out.by_prototypes, count=2)),
+        (samples, partial(left_out.by_prototypes, count=2, seed=0)),
         (samples, partial(across.by_subclasses, softness=1)),
         (samples, partial(across.by_contrast, steps=2)),
         (samples, partial(across.by_robust_loss, penalty=1.0, steps=2)),
