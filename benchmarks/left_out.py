@@ -97,7 +97,7 @@ def by_prototypes(
 ) -> list[torch.Tensor]:
     """
     As training begins: so many prototypes a class, at centres of its embeddings, or, with a `seed`, all at
-    its mean but for noise of 0.1, where they began until aa83175.
+    its mean but for noise of 0.1, where they began until 1b81a6d.
     """
     sizes = {"num_labels": samples.num_labels, "embedding_size": samples.embedding_size}
     config = ProtoLeakConfig(**sizes, num_prototypes=count if seed is None else 1)
