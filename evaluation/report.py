@@ -47,6 +47,8 @@ ROBUSTNESS_TITLES = {
     "auroc": "open-set AUROC",
     "false_unknown_rate": "known called unknown",
     "unknown_rejected": "unknown called unknown",
+    "generated_called_camera": "generated called a camera",
+    "unknown_called_camera": "unknown called a camera",
     "no_evidence": "no evidence",
     "stability": "verdict kept",
 }

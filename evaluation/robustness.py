@@ -10,7 +10,10 @@ from ..training.latents import View
 from .metrics import compute_metrics
 from .predictions import Subject, predict
 
-ROBUSTNESS_METRICS = ("macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected")
+ROBUSTNESS_METRICS = (
+    "macro_auc", "accuracy", "auroc", "false_unknown_rate", "unknown_rejected", "generated_called_camera",
+    "unknown_called_camera",
+)  # fmt: skip
 
 
 def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
@@ -28,6 +31,7 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
     model, accelerator = subject.model, subject.accelerator
     rows = {split: subject.splits[split] for split in (subject.main, "unknown") if split in subject.splits}
     names, alpha = model.config.label_names, model.config.alpha
+    levels = alpha, model.config.camera_alpha
     if quick:
         rows = {split: part.select(_fewer(np.array(part["label"]))) for split, part in rows.items()}
     views = [View(operator=operator, strength=strength, seed=seed) for operator, strength in cases(quick)]
@@ -40,7 +44,7 @@ def measure_robustness(subject: Subject, quick: bool = False, seed: int = 0) -> 
             split: predict(model, of_views[view], accelerator, statistics=False)
             for split, of_views in encoded.items()
         }
-        metrics = compute_metrics(parts[subject.main], parts.get("unknown"), names, alpha)
+        metrics = compute_metrics(parts[subject.main], parts.get("unknown"), names, *levels)
         verdicts = np.concatenate([part.verdicts(alpha) for part in parts.values()])
         untouched = verdicts if untouched is None else untouched
         row = {"operator": view.operator or "none", "strength": view.strength}
