@@ -148,7 +148,8 @@ class Attributor:
             workers (`int`): Threads that read and decode.
             done (`Collection[tuple[str, str]]`): `file` and sha256 of those to pass over.
         """
-        read = prefetched(partial(self.read, done=done), files, workers, batch_size * min(workers, 2))
+        ahead = batch_size if workers == 1 else 2 * max(batch_size, 2 * workers)
+        read = prefetched(partial(self.read, done=done), files, workers, ahead)
         # threads that compute on images of their own keep a CPU busier than all of them on the same ones
         threads = torch.get_num_threads()
         several = min(threads, batch_size) if self.network.device.type == "cpu" else 1
@@ -158,9 +159,9 @@ class Attributor:
         if len(first) < share:  # there are no more
             yield from self._attribute(first)
             return
-        own = partial(torch.set_num_threads, threads // several)
+        own, begun = partial(torch.set_num_threads, threads // several), max(several, min(batch_size, 2))
         try:
-            for records in prefetched(self._attribute, chain([first], batches), several, several, own):
+            for records in prefetched(self._attribute, chain([first], batches), several, begun, own):
                 yield from records
         finally:
             torch.set_num_threads(threads)  # where threads share one setting
