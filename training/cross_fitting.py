@@ -24,6 +24,7 @@ from ..statistics_protoleak import Discriminant, fit_discriminant
 
 SHRINKAGES = (0.05, 0.1, 0.2, 0.4)  # of which a discriminant's is chosen
 FOLDS = 5
+EMBEDDED = 256  # images whose features are in memory at a time
 STRANGER_FOLDS = 5  # in which classes are left out in turn
 logger = logging.getLogger("protoleak.train")
 
@@ -290,7 +291,9 @@ class Start:
         shrinkages = [(shrinkage,) for shrinkage in settings.shrinkages]
         self.discriminants = [d[0] for d in samples.fit(images, shrinkages)]
         self.scales, self.size, self.head = settings.scales, samples.embedding_size, PrototypeHead(config)
-        embeddings, labels = self.embed(samples.untouched(images)), samples.labels[torch.from_numpy(images)]
+        fitted, labels = torch.from_numpy(np.flatnonzero(images)), samples.labels[torch.from_numpy(images)]
+        parts = fitted.split(EMBEDDED)
+        embeddings = torch.cat([self.embed([family[rows] for family in samples.families]) for rows in parts])
         for k in range(samples.num_labels):
             self.head.place(k, centres_of(embeddings[labels == k], config.num_prototypes))
 
