@@ -378,7 +378,7 @@ def test_classes_are_added_and_the_old_ones_kept(trained, tmp_path, folder, reci
     source = {"model_name_or_path": str(trained.checkpoint), "num_train_epochs": 1}
     summary = train(arguments(tmp_path, folder, recipe, dataset_name=both, **source))
     metrics = summary["splits"]["test"]["metrics"]
-    assert list(metrics["per_class_auc"]) == ["a", "b", "c", "real"], "as the data sets number them"
+    assert list(metrics["per_class_auc"]) == ["a", "b", "real", "c"], "the old ones keep their numbers"
     assert "auroc" not in metrics, "c is known now, and nothing else was unknown"
     card = (tmp_path / "run/README.md").read_text()
     assert "--dataset_name data more" in card
